@@ -1,0 +1,42 @@
+# Each target works alone and first: it makes .venv and installs what it needs, once.
+PYTHON ?= python3
+BIN := .venv/bin
+NATIVE := checkpoints/open-llama-tiny-native
+
+.PHONY: help demo test check parity clean
+
+help:
+	@echo "make demo    convert the shipped checkpoint and continue an English and a Chinese prompt"
+	@echo "make test    run the test suite, comparing with transformers 4.31.0"
+	@echo "make check   lint, types, tests: what continuous integration runs"
+	@echo "make parity  the long comparison with transformers 4.31.0"
+
+demo: .venv/.installed
+	$(BIN)/openllama convert checkpoints/open-llama-tiny $(NATIVE) --overwrite
+	$(BIN)/openllama generate $(NATIVE) --prompt "ROMEO:" --prompt "明月" --max-new-tokens 120 --seed 7
+
+test: .venv/.installed-test
+	$(BIN)/python -m pytest
+
+check: .venv/.installed-test .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+parity: .venv/.installed-test
+	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests/parity
+
+clean:
+	rm -rf .venv $(NATIVE)
+
+# .installed: the package; .installed-EXTRA: the package with that extra.
+.venv/.installed: setup.cfg pyproject.toml .ci/constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint .ci/constraints.txt --editable .
+	@touch $@
+
+.venv/.installed-%: setup.cfg pyproject.toml .ci/constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint .ci/constraints.txt --editable ".[$*]"
+	@touch $@

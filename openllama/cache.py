@@ -1,0 +1,143 @@
+"""Keys and values of earlier tokens, so that a token is computed once.
+
+Both caches index as ``cache[layer] -> (key, value)``, each (B, H, S, D), and take part in a forward
+pass in two steps: every layer asks ``append`` for all keys and values so far, then the model calls
+``advance`` once. Lengths after prompts of 3 tokens and 1 token: 0 -> 3 -> 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from openllama.config import OpenLlamaConfig
+from openllama.errors import InputError
+
+KeyValue: TypeAlias = tuple[Tensor, Tensor]
+
+
+class GrowingCache(tuple[KeyValue, ...]):
+    """A tuple of (key, value) pairs, one per layer, exactly as transformers 4.31 returns them.
+
+    A forward pass makes a new one and leaves the one it was given as it is, so the same past can be
+    continued twice and gradients flow through it.
+    """
+
+    def get_seq_length(self) -> int:
+        """Number of cached tokens."""
+        return self[0][0].shape[2] if self else 0
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> KeyValue:
+        """All keys and values of ``layer``, the new ones last; nothing is stored yet."""
+        if not self:
+            return key, value
+        past_key, past_value = self[layer]
+        return torch.cat((past_key, key), dim=2), torch.cat((past_value, value), dim=2)
+
+    def advance(self, layers: Sequence[KeyValue]) -> GrowingCache:
+        """The cache after a forward pass whose layers returned these keys and values."""
+        return GrowingCache(layers)
+
+    def reorder(self, rows: Tensor) -> GrowingCache:
+        """Row i becomes what row ``rows[i]`` was: for beams, and for repeating or selecting prompts."""
+        return GrowingCache((key.index_select(0, rows), value.index_select(0, rows)) for key, value in self)
+
+    def crop(self, length: int) -> GrowingCache:
+        """The first ``length`` tokens."""
+        return GrowingCache((key[:, :, :length], value[:, :, :length]) for key, value in self)
+
+
+class PreallocatedCache:
+    """Room for ``max_length`` tokens, written in place: no allocation per step, inference only.
+
+    Where the growing cache copies everything for each token, this one returns views of its storage.
+    """
+
+    def __init__(
+        self,
+        config: OpenLlamaConfig,
+        batch_size: int,
+        max_length: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        shape = (batch_size, config.num_attention_heads, max_length, config.head_dim)
+        self.max_length = max_length
+        self._length = 0
+        self._layers: list[KeyValue] = [
+            (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+            for _ in range(config.num_hidden_layers)
+        ]
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __getitem__(self, layer: int) -> KeyValue:
+        key, value = self._layers[layer]
+        return key[:, :, : self._length], value[:, :, : self._length]
+
+    def __iter__(self) -> Iterator[KeyValue]:
+        return (self[layer] for layer in range(len(self)))
+
+    def get_seq_length(self) -> int:
+        """Number of cached tokens."""
+        return self._length
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> KeyValue:
+        """Write the new keys and values behind the old ones and return views of all of them."""
+        end = self._length + key.shape[2]
+        if end > self.max_length:
+            raise InputError(
+                f"the cache has room for {self.max_length} tokens, {self._length} are in it, {key.shape[2]} are new"
+            )
+        if key.requires_grad:
+            raise InputError("PreallocatedCache is written in place and cannot carry gradients; use torch.no_grad()")
+        keys, values = self._layers[layer]
+        keys[:, :, self._length : end] = key
+        values[:, :, self._length : end] = value
+        return keys[:, :, :end], values[:, :, :end]
+
+    def advance(self, layers: Sequence[KeyValue]) -> PreallocatedCache:
+        """Count the tokens that ``append`` wrote; until then they are not part of the cache."""
+        self._length = layers[0][0].shape[2]
+        return self
+
+    def reorder(self, rows: Tensor) -> PreallocatedCache:
+        """Row i becomes what row ``rows[i]`` was, in place; ``rows`` has one entry per row of the batch."""
+        for key, value in self._layers:
+            for stored in (key, value):
+                stored[:, :, : self._length] = stored[:, :, : self._length].index_select(0, rows)
+        return self
+
+    def crop(self, length: int) -> PreallocatedCache:
+        """Forget all but the first ``length`` tokens."""
+        self._length = min(self._length, length)
+        return self
+
+
+Cache: TypeAlias = GrowingCache | PreallocatedCache
+
+
+def as_cache(past: Cache | Sequence[KeyValue] | None, batch: int, config: OpenLlamaConfig, dtype: torch.dtype) -> Cache:
+    """A cache from what a caller passed: one of ours, HF's tuple of pairs, or nothing.
+
+    Raises ``InputError`` where layers, batch, heads, head size or dtype do not fit the model.
+    """
+    if past is None:
+        return GrowingCache()
+    cache = past if isinstance(past, (GrowingCache, PreallocatedCache)) else GrowingCache(past)
+    if len(cache) not in (0, config.num_hidden_layers):
+        raise InputError(f"past_key_values has {len(cache)} layers, the model {config.num_hidden_layers}")
+    for layer, (key, value) in enumerate(cache):
+        wanted = (batch, config.num_attention_heads, cache.get_seq_length(), config.head_dim)
+        if key.shape != wanted or value.shape != wanted:
+            raise InputError(
+                f"past_key_values of layer {layer} have shapes {tuple(key.shape)} and {tuple(value.shape)}, needed is "
+                f"(batch, heads, length, head_dim) = {wanted}"
+            )
+        if key.dtype != dtype:
+            raise InputError(f"past_key_values of layer {layer} are {key.dtype}, the model computes in {dtype}")
+    return cache

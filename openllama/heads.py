@@ -1,0 +1,102 @@
+"""The decoder with a head: next-token logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from openllama.cache import Cache, KeyValue
+from openllama.config import OpenLlamaConfig
+from openllama.errors import InputError
+from openllama.inputs import check_labels
+from openllama.losses import causal_lm_loss
+from openllama.model import OpenLlamaModel, init_weights
+from openllama.outputs import CausalLMOutput
+from openllama.pretrained import PretrainedModel
+
+
+class OpenLlamaForCausalLM(PretrainedModel):
+    """The decoder and a projection to the vocabulary.
+
+    Where the config has ``shared_input_output_embedding`` the projection is the raw embedding table
+    and ``lm_head`` is None; with ``tie_word_embeddings`` it is a ``lm_head`` that holds the same tensor.
+    """
+
+    def __init__(self, config: OpenLlamaConfig, attn_implementation: str | None = None) -> None:
+        super().__init__(config)
+        self.model = OpenLlamaModel(config, attn_implementation)
+        self.lm_head = None
+        if not config.shared_input_output_embedding:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            init_weights(self.lm_head, config)
+        self.tie_weights()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | Sequence[KeyValue] | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int = 0,
+    ) -> CausalLMOutput | tuple[Any, ...]:
+        """As ``OpenLlamaModel.forward``, with logits (B, T, V) and, given ``labels`` (B, T), the loss.
+
+        Labels are shifted inside: the logits at t are scored against the label at t + 1, and -100 is
+        ignored. ``logits_to_keep`` computes logits for the last positions only; 0 means all.
+        """
+        self._check_call(input_ids, inputs_embeds, labels, logits_to_keep)
+        body = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        logits = self._project(body.last_hidden_state[:, -logits_to_keep:])
+        loss = None if labels is None else causal_lm_loss(logits, labels)
+        output = CausalLMOutput(loss, logits, body.past_key_values, body.hidden_states, body.attentions)
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _check_call(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, labels: Tensor | None, logits_to_keep: int
+    ) -> None:
+        if logits_to_keep < 0:
+            raise InputError(f"logits_to_keep must not be negative, got {logits_to_keep}")
+        if labels is None:
+            return
+        if logits_to_keep:
+            raise InputError(f"a loss needs all logits; pass labels or logits_to_keep={logits_to_keep}, not both")
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given is not None:
+            check_labels(labels, given.shape[:2], self.config.vocab_size)
+
+    def _project(self, hidden: Tensor) -> Tensor:
+        """Hidden states (B, T, C) -> logits (B, T, V)."""
+        if self.lm_head is None:
+            return F.linear(hidden, self.model.embedding.tokens.weight)
+        return self.lm_head(hidden)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The module whose weight (V, C) makes the logits: the embedding table where it is shared."""
+        return self.model.embedding.tokens if self.lm_head is None else self.lm_head
+
+    def tie_weights(self) -> None:
+        """Make ``lm_head`` hold the embedding table itself where the config says so."""
+        if self.config.tie_word_embeddings and self.lm_head is not None:
+            self.lm_head.weight = self.model.embedding.tokens.weight
+
+    def set_attn_implementation(self, name: str | None) -> None:
+        """Choose the attention backend; raises ``BackendError`` where it cannot run."""
+        self.model.set_attn_implementation(name)

@@ -1,0 +1,96 @@
+"""What a forward pass may be given. Values are looked at here and nowhere else.
+
+Looking at values costs a synchronisation on a GPU and is impossible while tracing, so these checks
+step aside under ``torch.compile``, ``torch.export`` and on the meta device; shapes are always checked.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from openllama.errors import InputError
+
+
+def can_read_values(tensor: Tensor) -> bool:
+    """Whether the numbers in ``tensor`` are there to be read."""
+    return not (tensor.is_meta or torch.compiler.is_compiling())
+
+
+def is_integer(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
+def check_input_ids(input_ids: Tensor, vocab_size: int) -> None:
+    """Token ids: integers of shape (B, T) inside the vocabulary, at least one."""
+    if not isinstance(input_ids, Tensor):
+        raise InputError(f"input_ids must be a tensor, got {type(input_ids).__name__}; use torch.tensor([ids])")
+    if not is_integer(input_ids):
+        raise InputError(f"input_ids must be integers, got {input_ids.dtype}")
+    if input_ids.ndim != 2:
+        raise InputError(f"input_ids must have shape (batch, length), got {tuple(input_ids.shape)}")
+    if input_ids.numel() == 0:
+        raise InputError(f"input_ids is empty, shape {tuple(input_ids.shape)}; give at least one token")
+    if can_read_values(input_ids):
+        low, high = (int(value) for value in input_ids.aminmax())
+        if low < 0 or high >= vocab_size:
+            raise InputError(f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size}")
+
+
+def check_inputs_embeds(inputs_embeds: Tensor, hidden_size: int) -> None:
+    """Embedded input: floating point, shape (B, T, C), at least one token."""
+    if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != hidden_size:
+        raise InputError(f"inputs_embeds must be (batch, length, {hidden_size}), got {tuple(inputs_embeds.shape)}")
+    if inputs_embeds.numel() == 0:
+        raise InputError(f"inputs_embeds is empty, shape {tuple(inputs_embeds.shape)}; give at least one token")
+    if not inputs_embeds.is_floating_point():
+        raise InputError(f"inputs_embeds must be floating point, got {inputs_embeds.dtype}")
+
+
+def check_position_ids(position_ids: Tensor, batch: int, length: int) -> Tensor:
+    """Positions: non-negative integers, (B, T), (1, T) or (T,); returned with two dimensions."""
+    if not is_integer(position_ids):
+        raise InputError(f"position_ids must be integers, got {position_ids.dtype}")
+    if position_ids.ndim == 1:
+        position_ids = position_ids[None]
+    if position_ids.ndim != 2 or position_ids.shape[1] != length or position_ids.shape[0] not in (1, batch):
+        raise InputError(f"position_ids must be ({batch}, {length}), got {tuple(position_ids.shape)}")
+    if can_read_values(position_ids) and (low := int(position_ids.min())) < 0:
+        raise InputError(f"position_ids must not be negative, got {low}")
+    return position_ids
+
+
+def check_attention_mask(mask: Tensor, batch: int, length: int, key_length: int) -> None:
+    """A padding mask of 0/1 or bool, (B, S), or a full mask (B | 1, H | 1, T, S), bool or additive."""
+    cached = key_length - length
+    if mask.ndim == 4:
+        if mask.shape[0] not in (1, batch) or mask.shape[2:] != (length, key_length):
+            raise InputError(
+                f"a 4-D attention_mask must be ({batch}, 1, {length}, {key_length}), got {tuple(mask.shape)}"
+            )
+        if not (mask.dtype == torch.bool or mask.is_floating_point()):
+            raise InputError(f"a 4-D attention_mask must be bool or additive floating point, got {mask.dtype}")
+        return
+    if mask.ndim != 2 or mask.shape[0] != batch:
+        raise InputError(f"attention_mask must be ({batch}, {key_length}), got {tuple(mask.shape)}")
+    if mask.shape[1] != key_length:
+        raise InputError(
+            f"attention_mask covers {mask.shape[1]} tokens, but there are {key_length}: "
+            f"{cached} cached and {length} new; it must cover them all"
+        )
+    if mask.dtype != torch.bool and can_read_values(mask) and not bool(((mask == 0) | (mask == 1)).all()):
+        raise InputError(
+            "a 2-D attention_mask holds only 1 (attend) and 0 (padding); use a 4-D mask for additive values"
+        )
+
+
+def check_labels(labels: Tensor, shape: torch.Size, vocab_size: int) -> None:
+    """Language-model labels: integers of the shape of the input; -100 is ignored."""
+    if labels.shape != shape:
+        raise InputError(f"labels must have the input's shape {tuple(shape)}, got {tuple(labels.shape)}")
+    if not is_integer(labels):
+        raise InputError(f"labels must be integers, got {labels.dtype}")
+    if can_read_values(labels):
+        wrong = labels[(labels != -100) & ((labels < 0) | (labels >= vocab_size))]
+        if wrong.numel():
+            raise InputError(f"label {int(wrong[0])} is outside the vocabulary of {vocab_size} (-100 is ignored)")

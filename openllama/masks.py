@@ -1,0 +1,84 @@
+"""Which keys a query may see: nothing later than itself, and no padding.
+
+A prompt of two tokens, left-padded to three, attention_mask = [0, 1, 1]; rows are queries:
+
+    causal  1 0 0     padding  0 1 1     both  0 0 0   <- the padding row sees nothing at all
+            1 1 0              0 1 1           0 1 0
+            1 1 1              0 1 1           0 1 1
+
+With S - T keys cached, the last query still sees every key: the causal triangle sits lower right.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from openllama.inputs import can_read_values
+
+
+class Mask(NamedTuple):
+    """The mask of one forward pass, shared by its layers.
+
+    ``causal``: the plain T x T triangle is all there is, so that no tensor is needed.
+    ``tensor``: (B | 1, H | 1, T, S), bool (True: visible) or additive; None: no tensor.
+    """
+
+    causal: bool = False
+    tensor: Tensor | None = None
+
+
+def causal_visible(length: int, key_length: int, device: torch.device) -> Tensor:
+    """Bool (T, S): True where key s is not later than query t."""
+    return torch.ones(length, key_length, dtype=torch.bool, device=device).tril(key_length - length)
+
+
+def additive_mask(attention_mask: Tensor | None, length: int, key_length: int, hidden: Tensor) -> Mask:
+    """The sum of a causal and a padding term, each 0 or the lowest finite number of ``hidden``'s dtype.
+
+    Where both forbid a key the float32 sum is -inf; attention raises it to the lowest finite number
+    again, so that a row with nothing to see attends to all keys alike. This is HF's arithmetic.
+    """
+    if attention_mask is not None and attention_mask.ndim == 4:
+        if attention_mask.dtype == torch.bool:
+            return Mask(tensor=_lowest_where(~attention_mask, hidden.dtype))
+        return Mask(tensor=attention_mask.to(hidden.device, hidden.dtype))
+    bias = None
+    if length > 1:
+        bias = _lowest_where(~causal_visible(length, key_length, hidden.device), hidden.dtype)[None, None]
+    if attention_mask is not None:
+        padding = _lowest_where(attention_mask.to(hidden.device) == 0, hidden.dtype)[:, None, None, :]
+        bias = padding if bias is None else padding + bias
+    return Mask(tensor=bias)
+
+
+def visible_mask(attention_mask: Tensor | None, length: int, key_length: int, hidden: Tensor) -> Mask:
+    """The same rule for fused kernels: as a flag where the plain triangle is all, else as a bool tensor.
+
+    A row with nothing to see would be NaN in a softmax; it sees everything instead. Its output is
+    finite and belongs to padding.
+    """
+    if attention_mask is not None and attention_mask.ndim == 2 and can_read_values(attention_mask):
+        attention_mask = None if bool((attention_mask == 1).all()) else attention_mask
+    if attention_mask is None:
+        if length == 1:
+            return Mask()
+        if length == key_length:
+            return Mask(causal=True)
+        return Mask(tensor=causal_visible(length, key_length, hidden.device)[None, None])
+    if attention_mask.ndim == 4 and attention_mask.dtype != torch.bool:
+        return Mask(tensor=attention_mask.to(hidden.device, hidden.dtype).clamp(min=torch.finfo(hidden.dtype).min))
+    if attention_mask.ndim == 4:
+        visible = attention_mask.to(hidden.device)
+    else:
+        visible = (
+            causal_visible(length, key_length, hidden.device) & (attention_mask.to(hidden.device) == 1)[:, None, None]
+        )
+    return Mask(tensor=visible | ~visible.any(-1, keepdim=True))
+
+
+def _lowest_where(hidden_keys: Tensor, dtype: torch.dtype) -> Tensor:
+    zeros = torch.zeros(hidden_keys.shape, dtype=dtype, device=hidden_keys.device)
+    return zeros.masked_fill(hidden_keys, torch.finfo(dtype).min)

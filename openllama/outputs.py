@@ -1,0 +1,58 @@
+"""What a forward pass returns: fields by name, by key, or by position among those that are not None."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor
+
+from openllama.cache import Cache
+
+
+@dataclass
+class ModelOutput:
+    """``out.logits``, ``out["logits"]``, ``out[0]``, ``out[:2]``, ``**out``: as transformers' outputs."""
+
+    def keys(self) -> list[str]:
+        """Names of the fields that are set."""
+        return [f.name for f in fields(self) if getattr(self, f.name) is not None]
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The fields that are set, in order."""
+        return tuple(getattr(self, name) for name in self.keys())
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        if not isinstance(key, str):
+            return self.to_tuple()[key]
+        if key not in self.keys():
+            raise KeyError(f"{key}; this output has {', '.join(self.keys())}")
+        return getattr(self, key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+
+@dataclass
+class BaseModelOutput(ModelOutput):
+    """Of ``OpenLlamaModel``."""
+
+    last_hidden_state: Tensor  # (B, T, C), after the final norm
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None  # layers + 1 of (B, T, C): input of each layer, then the last
+    attentions: tuple[Tensor, ...] | None = None  # one (B, H, T, S) per layer
+
+
+@dataclass
+class CausalLMOutput(ModelOutput):
+    """Of ``OpenLlamaForCausalLM``; hidden states and attentions as in ``BaseModelOutput``."""
+
+    loss: Tensor | None = None  # scalar float32 (float64 for a float64 model)
+    logits: Tensor | None = None  # (B, T, V), or the last logits_to_keep of T
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None

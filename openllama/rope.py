@@ -1,0 +1,67 @@
+"""Rotary position embedding (Su et al. 2021, section 3.4.2), in the half-split layout of LLaMA weights.
+
+Feature d of a head is paired with feature d + D/2, and the pair is turned by position * frequency[d]:
+
+    (x1, x2)  ->  (x1 cos - x2 sin,  x2 cos + x1 sin)
+
+Pure functions, no tables: the angles of a call depend on that call alone.
+Shapes here and everywhere: B batch, T query length, S key length, H heads, D head dim, C hidden size,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BASE = 10000.0
+
+
+def frequencies(
+    head_dim: int,
+    scaling: dict[str, Any] | None,
+    max_positions: int,
+    key_length: int,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Angle per position of each feature pair, float32, shape (D/2,).
+
+    Dynamic NTK scaling (reddit users bloc97 and emozilla) raises the base once ``key_length`` exceeds
+    the trained ``max_positions``, which slows the low frequencies and leaves the high ones alone.
+    """
+    base = BASE
+    if scaling is not None and scaling["type"] == "dynamic" and key_length > max_positions:
+        factor = scaling["factor"]
+        stretch = factor * key_length / max_positions - (factor - 1)
+        base = BASE * stretch ** (head_dim / (head_dim - 2))
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    return 1.0 / base**exponents
+
+
+def cos_sin(
+    position_ids: Tensor,
+    head_dim: int,
+    scaling: dict[str, Any] | None,
+    max_positions: int,
+    key_length: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position's angles: position_ids (B, T) -> two of (B, 1, T, D/2).
+
+    Angles are float32 whatever ``dtype`` is: bfloat16 cannot tell position 2047 from 2048. Linear
+    scaling (reddit user kaiokendev) divides the positions by its factor.
+    """
+    positions = position_ids.to(torch.float32)
+    if scaling is not None and scaling["type"] == "linear":
+        positions = positions / scaling["factor"]
+    turn = frequencies(head_dim, scaling, max_positions, key_length, position_ids.device)
+    angles = positions[:, None, :, None] * turn  # (B, 1, T, D/2)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each feature pair of x (B, H, T, D) by its position's angle."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)

@@ -1,0 +1,84 @@
+"""A character 5-gram with interpolated modified Kneser-Ney smoothing: the baseline of train_tiny.py.
+
+Chen and Goodman, "An empirical study of smoothing techniques for language modeling" (1998), section 3.
+A true probability distribution over every Unicode character, those the training text lacks included.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+
+BLOCK = 256  # characters of one script lie together: an unseen one is guessed by its block of code points
+BLOCKS = 0x110000 // BLOCK - 0x800 // BLOCK  # all of Unicode but the surrogates, which no text holds
+
+Followers = dict[str, dict[str, int]]  # context -> next character -> count
+
+
+class CharNgram:
+    """``prob(character, context)`` looks at the last ``order - 1`` characters of the context.
+
+    Each order keeps its counts less a discount and passes what was discounted to the order below;
+    below the unigram lies ``base``, which knows only in which block of Unicode a character lies.
+    """
+
+    def __init__(self, text: str, order: int = 5) -> None:
+        if not text:
+            raise ValueError("an n-gram needs a text to count, got an empty one")
+        self.order = order
+        self.orders = [_count(text, n, highest=n == order) for n in range(1, order + 1)]
+        self.discounts = [_discounts(followers) for followers in self.orders]
+        self.blocks = Counter(ord(character) // BLOCK for character in set(text))
+        self.characters = sum(self.blocks.values())
+
+    def base(self, character: str) -> float:
+        """Probability with no counts at all; each block has half a character more than were seen."""
+        share = (self.blocks[ord(character) // BLOCK] + 0.5) / (self.characters + 0.5 * BLOCKS)
+        return share / BLOCK
+
+    def prob(self, character: str, context: str) -> float:
+        """P(character | context), interpolated from the lowest order to the highest."""
+        p = self.base(character)
+        for n, (orders, discounts) in enumerate(zip(self.orders, self.discounts, strict=True)):
+            if n > len(context):
+                break
+            followers = orders.get(context[len(context) - n :])
+            if followers is None:
+                break  # a longer context was not seen either
+            total = sum(followers.values())
+            freed = sum(discounts[min(count, 3)] for count in followers.values())
+            count = followers.get(character, 0)
+            p = (count - discounts[min(count, 3)] + freed * p) / total
+        return p
+
+    def bits(self, text: str, before: str = "") -> float:
+        """Bits to write ``text`` down when ``before`` has just been read."""
+        whole, start = before[len(before) - min(len(before), self.order - 1) :] + text, len(before)
+        start = len(whole) - len(text)
+        return sum(-math.log2(self.prob(whole[i], whole[max(0, i - self.order + 1) : i])) for i in range(start, len(whole)))
+
+
+def _count(text: str, n: int, highest: bool) -> Followers:
+    """Counts of n-grams; below the highest order, Kneser-Ney counts the different characters before one.
+
+    "aab aab": as a bigram "ab" counts 2, but 1 as a continuation, for only "a" ever comes before it.
+    """
+    followers: Followers = defaultdict(dict)
+    if highest:
+        grams = Counter(text[i : i + n] for i in range(len(text) - n + 1))
+    else:
+        grams = Counter(gram[1:] for gram in {text[i : i + n + 1] for i in range(len(text) - n)})
+        grams.setdefault(text[:n], 1)  # nothing comes before the first one
+    for gram, count in grams.items():
+        followers[gram[:-1]][gram[-1]] = count
+    return dict(followers)
+
+
+def _discounts(followers: Followers) -> tuple[float, float, float, float]:
+    """What is taken from counts of 0, 1, 2 and 3 or more: Chen and Goodman's estimate, kept within bounds."""
+    sizes = Counter(count for counts in followers.values() for count in counts.values())
+    n1, n2, n3, n4 = (sizes[size] for size in (1, 2, 3, 4))
+    y = n1 / (n1 + 2 * n2) if n1 else 0.5
+    estimates = (1 - 2 * y * n2 / n1 if n1 else y, 2 - 3 * y * n3 / n2 if n2 else y, 3 - 4 * y * n4 / n3 if n3 else y)
+    one, two, three = (min(max(d, 0.05), size - 0.05) for size, d in enumerate(estimates, start=1))
+    return 0.0, one, two, three

@@ -1,0 +1,31 @@
+"""Profiles of the property tests, and the count of models compared with the oracle."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+quiet = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
+settings.register_profile("ci", derandomize=True, deadline=None, suppress_health_check=quiet, database=None)
+settings.register_profile("long", deadline=None, suppress_health_check=quiet, print_blob=True, database=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    oracle = sys.modules.get("tests.oracle")
+    if oracle is None or not hasattr(oracle, "compared"):
+        return
+    terminalreporter.write_sep("-", "compared with transformers 4.31.0")
+    for bar, count in sorted(oracle.compared.items()):
+        terminalreporter.write_line(f"{count:7d} {bar}")
