@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from openllama import generation
 from openllama.cache import Cache, KeyValue
 from openllama.config import OpenLlamaConfig
 from openllama.errors import InputError
+from openllama.generation import GenerationConfig
 from openllama.inputs import check_labels
 from openllama.losses import causal_lm_loss
+from openllama.masks import positions_from_mask
 from openllama.model import OpenLlamaModel, init_weights
 from openllama.outputs import CausalLMOutput
 from openllama.pretrained import PretrainedModel
@@ -33,6 +36,7 @@ class OpenLlamaForCausalLM(PretrainedModel):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
             init_weights(self.lm_head, config)
         self.tie_weights()
+        self.generation_config = GenerationConfig.from_model_config(config)
 
     def forward(
         self,
@@ -69,6 +73,35 @@ class OpenLlamaForCausalLM(PretrainedModel):
         loss = None if labels is None else causal_lm_loss(logits, labels)
         output = CausalLMOutput(loss, logits, body.past_key_values, body.hidden_states, body.attentions)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def generate(self, input_ids: Tensor | None = None, **arguments: Any) -> Tensor:
+        """Continue ``input_ids`` (B, L) and return all ids; see ``openllama.generation.prepare`` for arguments."""
+        return generation.generate(self, input_ids, **arguments)
+
+    def stream(self, input_ids: Tensor | None = None, **arguments: Any) -> Iterator[Tensor]:
+        """Continue ``input_ids`` (B, L) and yield the new tokens one by one, each (B,), as they are made."""
+        return generation.stream(self, input_ids, **arguments)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Arguments of the next forward pass: what the cache does not hold, at positions that skip padding."""
+        width = (input_ids if attention_mask is None else attention_mask).shape[1]
+        new = width - (past_key_values.get_seq_length() if past_key_values else 0)
+        tokens = {"input_ids": input_ids[:, -new:]} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+        positions = None if attention_mask is None else positions_from_mask(attention_mask)[:, -new:]
+        return {
+            **tokens,
+            "attention_mask": attention_mask,
+            "position_ids": positions,
+            "past_key_values": past_key_values,
+            "use_cache": kwargs.get("use_cache"),
+        }
 
     def _check_call(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None, labels: Tensor | None, logits_to_keep: int

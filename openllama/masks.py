@@ -79,6 +79,11 @@ def visible_mask(attention_mask: Tensor | None, length: int, key_length: int, hi
     return Mask(tensor=visible | ~visible.any(-1, keepdim=True))
 
 
+def positions_from_mask(attention_mask: Tensor) -> Tensor:
+    """Positions that count real tokens only: mask [0, 0, 1, 1] -> [1, 1, 0, 1]; padding is at 1, as in HF."""
+    return (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 1)
+
+
 def _lowest_where(hidden_keys: Tensor, dtype: torch.dtype) -> Tensor:
     zeros = torch.zeros(hidden_keys.shape, dtype=dtype, device=hidden_keys.device)
     return zeros.masked_fill(hidden_keys, torch.finfo(dtype).min)
