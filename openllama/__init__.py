@@ -12,9 +12,9 @@ cli                 the command line
 """
 
 from openllama.config import OpenLlamaConfig
-from openllama.heads import OpenLlamaForCausalLM
+from openllama.heads import OpenLlamaForCausalLM, OpenLlamaForSequenceClassification
 from openllama.model import OpenLlamaModel
 
 __version__ = "0.1.0"
 
-__all__ = ["OpenLlamaConfig", "OpenLlamaForCausalLM", "OpenLlamaModel"]
+__all__ = ["OpenLlamaConfig", "OpenLlamaForCausalLM", "OpenLlamaForSequenceClassification", "OpenLlamaModel"]

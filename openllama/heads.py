@@ -1,10 +1,11 @@
-"""The decoder with a head: next-token logits."""
+"""The decoder with a head: next-token logits, or a class for a whole text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,11 +14,11 @@ from openllama.cache import Cache, KeyValue
 from openllama.config import OpenLlamaConfig
 from openllama.errors import InputError
 from openllama.generation import GenerationConfig
-from openllama.inputs import check_labels
-from openllama.losses import causal_lm_loss
+from openllama.inputs import can_read_values, check_classification_labels, check_labels
+from openllama.losses import causal_lm_loss, chunked_causal_lm_loss, classification_loss
 from openllama.masks import positions_from_mask
 from openllama.model import OpenLlamaModel, init_weights
-from openllama.outputs import CausalLMOutput
+from openllama.outputs import CausalLMOutput, SequenceClassifierOutput
 from openllama.pretrained import PretrainedModel
 
 
@@ -73,6 +74,15 @@ class OpenLlamaForCausalLM(PretrainedModel):
         loss = None if labels is None else causal_lm_loss(logits, labels)
         output = CausalLMOutput(loss, logits, body.past_key_values, body.hidden_states, body.attentions)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def loss(self, input_ids: Tensor | None, labels: Tensor, **arguments: Any) -> Tensor:
+        """The loss of ``forward(labels=...)`` without ever holding the (B, T, V) logits; for training.
+
+        ``arguments`` are those of ``OpenLlamaModel.forward``.
+        """
+        self._check_call(input_ids, arguments.get("inputs_embeds"), labels, 0)
+        hidden = self.model(input_ids, **{"use_cache": False, **arguments, "return_dict": True}).last_hidden_state
+        return chunked_causal_lm_loss(hidden, labels, self._project, self.config.vocab_size)
 
     def generate(self, input_ids: Tensor | None = None, **arguments: Any) -> Tensor:
         """Continue ``input_ids`` (B, L) and return all ids; see ``openllama.generation.prepare`` for arguments."""
@@ -134,3 +144,64 @@ class OpenLlamaForCausalLM(PretrainedModel):
     def set_attn_implementation(self, name: str | None) -> None:
         """Choose the attention backend; raises ``BackendError`` where it cannot run."""
         self.model.set_attn_implementation(name)
+
+
+class OpenLlamaForSequenceClassification(PretrainedModel):
+    """The decoder and a linear classifier on the last token of each row that is not padding."""
+
+    def __init__(self, config: OpenLlamaConfig, attn_implementation: str | None = None) -> None:
+        super().__init__(config)
+        self.model = OpenLlamaModel(config, attn_implementation)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        init_weights(self.score, config)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | Sequence[KeyValue] | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> SequenceClassifierOutput | tuple[Any, ...]:
+        """As ``OpenLlamaModel.forward``, with logits (B, num_labels) and, given ``labels``, the loss.
+
+        The last token that is not ``pad_token_id`` decides, whatever the attention mask says; the last
+        of the row where there is no padding id or ``inputs_embeds`` are given. ``labels``: (B,)
+        classes, or (B, num_labels) numbers; ``problem_type`` of the config, or their dtype, says which.
+        """
+        last = self._last_token(input_ids)
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if labels is not None and given is not None:
+            problem_type = check_classification_labels(labels, len(given), self.config)
+        body = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        scores = self.score(body.last_hidden_state)  # (B, T, num_labels)
+        logits = scores[torch.arange(len(scores), device=scores.device), last]
+        loss = None if labels is None else classification_loss(logits, labels, problem_type)
+        output = SequenceClassifierOutput(loss, logits, body.past_key_values, body.hidden_states, body.attentions)
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _last_token(self, input_ids: Tensor | None) -> Tensor | int:
+        """Index of the token that decides, per row (B,)."""
+        if input_ids is None or self.config.pad_token_id is None:
+            return -1
+        real = input_ids != self.config.pad_token_id
+        if can_read_values(real) and not bool(real.any(-1).all()):
+            row = int(real.any(-1).int().argmin())
+            raise InputError(f"row {row} of input_ids is nothing but padding (id {self.config.pad_token_id})")
+        positions = torch.arange(input_ids.shape[-1], device=input_ids.device)
+        return (positions * real).argmax(-1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from openllama.config import OpenLlamaConfig
 from openllama.errors import InputError
 
 
@@ -90,7 +91,32 @@ def check_labels(labels: Tensor, shape: torch.Size, vocab_size: int) -> None:
         raise InputError(f"labels must have the input's shape {tuple(shape)}, got {tuple(labels.shape)}")
     if not is_integer(labels):
         raise InputError(f"labels must be integers, got {labels.dtype}")
+    _check_label_range(labels, vocab_size, f"the vocabulary of {vocab_size}")
+
+
+def check_classification_labels(labels: Tensor, batch: int, config: OpenLlamaConfig) -> str:
+    """The kind of problem that ``labels`` pose, after checking that they fit it.
+
+    Where the config leaves ``problem_type`` open, one label means regression, integers mean a class
+    per row (B,), and anything else a binary choice per label (B, num_labels), as in transformers.
+    """
+    count, kind = config.num_labels, config.problem_type
+    if kind is None:
+        kind = "single_label_classification" if is_integer(labels) else "multi_label_classification"
+        kind = "regression" if count == 1 else kind
+    per_row = kind == "single_label_classification" or count == 1
+    shapes = [(batch,), (batch, 1)] if per_row else [(batch, count)]
+    if tuple(labels.shape) not in shapes:
+        raise InputError(f"labels for {kind} must have shape {shapes[0]}, got {tuple(labels.shape)}")
+    if kind == "single_label_classification":
+        if not is_integer(labels):
+            raise InputError(f"labels for {kind} must be integers, got {labels.dtype}")
+        _check_label_range(labels, count, f"the {count} classes of num_labels")
+    return kind
+
+
+def _check_label_range(labels: Tensor, count: int, what: str) -> None:
     if can_read_values(labels):
-        wrong = labels[(labels != -100) & ((labels < 0) | (labels >= vocab_size))]
+        wrong = labels[(labels != -100) & ((labels < 0) | (labels >= count))]
         if wrong.numel():
-            raise InputError(f"label {int(wrong[0])} is outside the vocabulary of {vocab_size} (-100 is ignored)")
+            raise InputError(f"label {int(wrong[0])} is outside {what} (-100 is ignored)")

@@ -61,7 +61,7 @@ class RMSNorm(nn.Module):
 class Context(NamedTuple):
     """What the layers of one forward pass share."""
 
-    rope: tuple[Tensor, Tensor]  # cosine and sine, (B | 1, 1, T, D/2)
+    rope: tuple[Tensor, Tensor]  # cosine and sine, (B | 1, T, 1, D/2)
     mask: Mask
     cache: Cache  # of the past, read by layer number
     backend: str
@@ -82,9 +82,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, layer: int, context: Context) -> tuple[Tensor, Tensor | None, KeyValue]:
         """x (B, T, C) -> output (B, T, C), weights (B, H, T, S) from eager only, all keys and values."""
-        query = rotate(self._heads(self.q_proj(x)), *context.rope)
-        key = rotate(self._heads(self.k_proj(x)), *context.rope)
-        value = self._heads(self.v_proj(x))
+        # Rotated before transposing: products round by memory layout, and HF's is (B, T, H, D) here.
+        query = rotate(self._heads(self.q_proj(x)), *context.rope).transpose(1, 2)  # (B, H, T, D)
+        key = rotate(self._heads(self.k_proj(x)), *context.rope).transpose(1, 2)
+        value = self._heads(self.v_proj(x)).transpose(1, 2)
         key, value = context.cache.append(layer, key, value)  # (B, H, S, D)
         dropout = self.dropout if self.training else 0.0
         mixed, weights = attention(query, key, value, context.mask, dropout, context.backend)
@@ -92,7 +93,7 @@ class Attention(nn.Module):
         return self.o_proj(mixed), weights, (key, value)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
+        return x.unflatten(-1, (-1, self.head_dim))  # (B, T, C) -> (B, T, H, D)
 
 
 def _gelu_new(x: Tensor) -> Tensor:

@@ -56,3 +56,14 @@ class CausalLMOutput(ModelOutput):
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class SequenceClassifierOutput(ModelOutput):
+    """Of ``OpenLlamaForSequenceClassification``; hidden states and attentions as in ``BaseModelOutput``."""
+
+    loss: Tensor | None = None  # scalar float32 (float64 for a float64 model)
+    logits: Tensor | None = None  # (B, num_labels), of the last token of each row that is not padding
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None

@@ -48,7 +48,7 @@ def cos_sin(
     key_length: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's angles: position_ids (B, T) -> two of (B, 1, T, D/2).
+    """Cosine and sine of every position's angles: position_ids (B, T) -> two of (B, T, 1, D/2).
 
     Angles are float32 whatever ``dtype`` is: bfloat16 cannot tell position 2047 from 2048. Linear
     scaling (reddit user kaiokendev) divides the positions by its factor.
@@ -57,11 +57,11 @@ def cos_sin(
     if scaling is not None and scaling["type"] == "linear":
         positions = positions / scaling["factor"]
     turn = frequencies(head_dim, scaling, max_positions, key_length, position_ids.device)
-    angles = positions[:, None, :, None] * turn  # (B, 1, T, D/2)
+    angles = positions[:, :, None, None] * turn  # (B, T, 1, D/2)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each feature pair of x (B, H, T, D) by its position's angle."""
+    """Turn each feature pair of x (B, T, H, D) by its position's angle."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)

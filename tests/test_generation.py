@@ -1,0 +1,319 @@
+"""The generation loop: what is drawn, when it is yielded, where it stops, what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from openllama import OpenLlamaConfig, OpenLlamaForCausalLM
+from openllama.cache import PreallocatedCache
+from openllama.errors import ConfigError, InputError
+from openllama.generation import GenerationConfig
+from openllama.generation.loop import pick
+from openllama.generation.processors import temperature, top_k, top_p
+
+CONFIG = OpenLlamaConfig(
+    vocab_size=40,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    initializer_range=0.4,
+    eos_token_id=None,
+    pad_token_id=0,
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> OpenLlamaForCausalLM:
+    torch.manual_seed(1)
+    return OpenLlamaForCausalLM(CONFIG, attn_implementation="eager").eval()
+
+
+@pytest.fixture
+def prompt() -> torch.Tensor:
+    return torch.tensor([[5, 9, 13, 2], [7, 21, 3, 30]])
+
+
+def count_forwards(model: OpenLlamaForCausalLM, calls: list[int]) -> torch.utils.hooks.RemovableHandle:
+    return model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+
+
+# --- the loop ---------------------------------------------------------------------------------------
+
+
+def test_greedy_takes_the_likeliest_token_of_each_full_forward(model, prompt):
+    ids = prompt
+    for _ in range(8):
+        ids = torch.cat((ids, model(ids).logits[:, -1:].argmax(-1)), dim=1)
+    assert torch.equal(model.generate(prompt, max_new_tokens=8), ids)
+    assert len(set(ids[0].tolist())) > 6, "a constant continuation would show nothing"
+
+
+def test_the_first_token_is_yielded_before_the_second_forward_pass(model, prompt):
+    calls: list[int] = []
+    handle = count_forwards(model, calls)
+    tokens = model.stream(prompt, max_new_tokens=3)
+    next(tokens)
+    assert calls == [4]
+    next(tokens)
+    assert calls == [4, 1], "with the cache, the second pass computes one token"
+    handle.remove()
+
+
+def test_stream_yields_what_generate_returns(model, prompt):
+    streamed = torch.stack(list(model.stream(prompt, max_new_tokens=6)), dim=1)
+    assert torch.equal(torch.cat((prompt, streamed), 1), model.generate(prompt, max_new_tokens=6))
+
+
+def test_without_cache_every_pass_computes_the_whole_text(model, prompt):
+    calls: list[int] = []
+    handle = count_forwards(model, calls)
+    ids = model.generate(prompt, max_new_tokens=3, use_cache=False)
+    handle.remove()
+    assert calls == [4, 5, 6]
+    assert torch.equal(ids, model.generate(prompt, max_new_tokens=3))
+
+
+def test_left_padded_rows_continue_as_each_prompt_alone(model):
+    prompts = [[5, 9, 13, 2], [7, 21], [30]]
+    batch = torch.tensor([[0] * (4 - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (4 - len(p)) + [1] * len(p) for p in prompts])
+    together = model.generate(batch, attention_mask=mask, max_new_tokens=8)[:, 4:]
+    alone = [model.generate(torch.tensor([p]), max_new_tokens=8)[0, len(p) :] for p in prompts]
+    assert torch.equal(together, torch.stack(alone))
+
+
+def test_padding_is_inferred_from_the_padding_id(model):
+    batch = torch.tensor([[0, 0, 7, 21], [5, 9, 13, 2]])
+    assert torch.equal(
+        model.generate(batch, max_new_tokens=4),
+        model.generate(batch, attention_mask=(batch != 0).long(), max_new_tokens=4),
+    )
+
+
+def test_a_text_ends_with_its_eos_and_is_padded_while_others_go_on(model, prompt):
+    free = model.generate(prompt, max_new_tokens=8)
+    eos = int(free[0, 6])
+    ids = model.generate(prompt, max_new_tokens=8, eos_token_id=eos)
+    end = free[0].tolist().index(eos, 4)
+    assert ids[0, : end + 1].tolist() == free[0, : end + 1].tolist()
+    assert set(ids[0, end + 1 :].tolist()) <= {0}
+    first_of = [row.tolist().index(eos, 4) if eos in row[4:] else 11 for row in free]
+    assert ids.shape[1] == max(first_of) + 1
+
+
+def test_any_of_several_eos_ids_ends_a_text(model, prompt):
+    free = model.generate(prompt[:1], max_new_tokens=8)[0].tolist()
+    ids = model.generate(prompt[:1], max_new_tokens=8, eos_token_id=[free[7], free[5]])[0].tolist()
+    assert ids == free[: min(free.index(free[7], 4), free.index(free[5], 4)) + 1]
+
+
+def test_max_length_counts_the_prompt_and_max_new_tokens_does_not(model, prompt):
+    assert model.generate(prompt, max_length=7).shape == (2, 7)
+    assert model.generate(prompt, max_new_tokens=7, max_length=5).shape == (2, 11)
+
+
+def test_the_same_generator_seed_draws_the_same_text_and_another_seed_another(model, prompt):
+    def draw(seed: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(seed)
+        return model.generate(prompt, do_sample=True, max_new_tokens=12, generator=generator).tolist()
+
+    assert draw(3) == draw(3)
+    assert draw(3) != draw(4)
+
+
+def test_a_generator_draws_what_the_global_seed_draws(model, prompt):
+    torch.manual_seed(5)
+    expected = model.generate(prompt, do_sample=True, max_new_tokens=12)
+    drawn = model.generate(prompt, do_sample=True, max_new_tokens=12, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(drawn, expected)
+
+
+@pytest.mark.parametrize("kind", ["growing", "legacy tuples", "preallocated"])
+@pytest.mark.parametrize("only_new", [False, True])
+def test_a_past_is_continued_without_computing_it_again(model, prompt, kind, only_new):
+    expected = model.generate(prompt, max_new_tokens=6)
+    with torch.no_grad():
+        past = PreallocatedCache(CONFIG, 2, 20) if kind == "preallocated" else None
+        past = model(prompt[:, :2], past_key_values=past).past_key_values
+    if kind == "legacy tuples":
+        past = tuple((key, value) for key, value in past)
+    calls: list[int] = []
+    handle = count_forwards(model, calls)
+    ids = prompt[:, 2:] if only_new else prompt
+    mask = torch.ones(2, 4, dtype=torch.long) if only_new else None
+    output = model.generate(ids, past_key_values=past, attention_mask=mask, max_new_tokens=6)
+    handle.remove()
+    assert calls == [2, 1, 1, 1, 1, 1]
+    assert torch.equal(output[:, -6:], expected[:, -6:])
+
+
+def test_inputs_embeds_stand_in_for_the_prompt(model, prompt):
+    with torch.no_grad():
+        embeds = model.model.embedding(prompt)
+    output = model.generate(prompt, inputs_embeds=embeds, max_new_tokens=5)
+    assert torch.equal(output, model.generate(prompt, max_new_tokens=5))
+    only_new = model.generate(inputs_embeds=embeds, max_new_tokens=5)
+    assert only_new[:, 0].tolist() == [1, 1], "without ids the output begins with bos"
+    assert torch.equal(only_new[:, 1:], output[:, 4:])
+
+
+def test_a_streamer_gets_the_prompt_then_each_token_then_the_end(model, prompt):
+    class Recorder:
+        def __init__(self) -> None:
+            self.got: list[list] = []
+            self.ended = 0
+
+        def put(self, value):
+            self.got.append(value.tolist())
+
+        def end(self):
+            self.ended += 1
+
+    recorder = Recorder()
+    ids = model.generate(prompt, max_new_tokens=3, streamer=recorder)
+    assert recorder.got == [prompt.tolist(), *ids[:, 4:].T.tolist()]
+    assert recorder.ended == 1
+
+
+def test_a_callers_processor_is_applied_after_the_configured_ones(model, prompt):
+    seen = []
+
+    def only_token_seven(input_ids, scores):
+        seen.append(input_ids.shape[1])
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([7]), 0.0)
+
+    ids = model.generate(prompt, max_new_tokens=3, do_sample=True, logits_processor=[only_token_seven])
+    assert ids[:, 4:].unique().tolist() == [7]
+    assert seen == [4, 5, 6]
+
+
+def test_the_models_generation_config_holds_and_a_call_overrides_it(model, prompt):
+    changed = dataclasses.replace(model.generation_config, max_length=6)
+    assert model.generate(prompt, generation_config=changed).shape[1] == 6
+    assert model.generate(prompt, generation_config=changed, max_length=9).shape[1] == 9
+
+
+def test_a_model_in_half_precision_generates(prompt):
+    half = OpenLlamaForCausalLM(CONFIG).eval().to(torch.bfloat16)
+    assert half.generate(prompt, max_new_tokens=4, do_sample=True).shape == (2, 8)
+
+
+# --- processors and picking -------------------------------------------------------------------------
+
+scores_lists = st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=12)
+
+
+@given(scores_lists, st.integers(1, 15))
+def test_top_k_keeps_exactly_the_scores_at_least_as_high_as_the_kth(values, k):
+    scores = torch.tensor([values])
+    kept = top_k(k)(None, scores)[0].isfinite()
+    threshold = sorted(values, reverse=True)[min(k, len(values)) - 1]
+    assert kept.tolist() == [value >= threshold for value in scores[0].tolist()]
+
+
+@given(scores_lists, st.floats(0.01, 0.99))
+def test_top_p_keeps_a_smallest_set_that_reaches_the_mass(values, mass):
+    probabilities = torch.tensor([values]).softmax(-1)[0]
+    kept = top_p(mass)(None, torch.tensor([values]))[0].isfinite()
+    assert kept.any()
+    assert probabilities[kept].sum() >= mass - 1e-5
+    least = probabilities[kept].min()
+    assert probabilities[kept].sum() - least < mass + 1e-5
+    assert (probabilities[~kept] <= least).all(), "what goes is never likelier than what stays"
+
+
+def test_top_p_worked_example():
+    scores = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    assert top_p(0.7)(None, scores).isfinite().tolist() == [[True, True, False]]
+
+
+def test_temperature_scales_differences():
+    assert temperature(0.5)(None, torch.tensor([[1.0, 3.0]])).tolist() == [[2.0, 6.0]]
+
+
+def test_sampling_follows_the_distribution():
+    probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    drawn = pick(probabilities.log().expand(20000, 4), True, torch.Generator().manual_seed(0))
+    observed = drawn.bincount(minlength=4)
+    chi_square = ((observed - 20000 * probabilities) ** 2 / (20000 * probabilities)).sum()
+    assert chi_square < 16.27, "0.1 % point of chi-square with 3 degrees of freedom"
+
+
+# --- the generation config --------------------------------------------------------------------------
+
+
+def test_generation_config_round_trips_with_the_keys_it_does_not_know(tmp_path):
+    config = GenerationConfig(max_length=50, eos_token_id=[2, 3], extra={"transformers_version": "4.31.0"})
+    config.save_pretrained(tmp_path)
+    assert GenerationConfig.from_pretrained(tmp_path) == config
+
+
+def test_a_generation_config_that_is_not_json_is_refused_with_its_path(tmp_path):
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"generation_config\.json"):
+        GenerationConfig.from_pretrained(tmp_path)
+
+
+# --- refusals ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_length": 4}, "max_length 4 .* prompt of 4"),
+        ({"max_new_tokens": 0}, "max_new_tokens .* 0"),
+        ({"temperature": 0.0, "do_sample": True}, "temperature .* 0.0.*do_sample=False"),
+        ({"top_p": 0.0}, r"top_p .* \(0, 1\], got 0.0"),
+        ({"top_k": -1}, "top_k .* -1"),
+        ({"eos_token_id": 40}, "eos_token_id 40 .* 40"),
+        ({"max_token": 3}, "max_token"),
+        ({"attention_mask": torch.ones(2, 3)}, "covers 3 tokens, but there are 4"),
+        ({"attention_mask": torch.ones(1, 4)}, r"\(2, 4\), got \(1, 4\)"),
+        ({"attention_mask": torch.ones(2, 1, 4, 4)}, r"padding mask \(2, 4\)"),
+        ({"attention_mask": torch.full((2, 4), 3)}, "1 .*0"),
+    ],
+)
+def test_bad_settings_are_refused_before_any_forward_pass(model, prompt, options, message):
+    calls: list[int] = []
+    handle = count_forwards(model, calls)
+    with pytest.raises(InputError, match=message):
+        model.generate(prompt, **options)
+    with pytest.raises(InputError, match=message):
+        model.stream(prompt, **options)
+    handle.remove()
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.zeros(1, 0, dtype=torch.long), "empty"),
+        (torch.tensor([[1.0, 2.0]]), "integers, got torch.float32"),
+        (torch.tensor([[1, 40]]), "40 is outside the vocabulary of 40"),
+        (torch.tensor([[-1, 4]]), "-1 is outside the vocabulary of 40"),
+        (torch.tensor([1, 2]), r"\(batch, length\), got \(2,\)"),
+        ([[1, 2]], "tensor"),
+    ],
+)
+def test_bad_prompts_are_refused(model, ids, message):
+    with pytest.raises(InputError, match=message):
+        model.generate(ids, max_new_tokens=2)
+
+
+def test_a_past_as_long_as_the_prompt_is_refused(model, prompt):
+    past = model(prompt).past_key_values
+    with pytest.raises(InputError, match="holds 4 tokens, the prompt covers 4"):
+        model.generate(prompt, past_key_values=past, max_new_tokens=2)
+
+
+def test_no_prompt_and_no_bos_is_refused(model):
+    with pytest.raises(InputError, match="bos_token_id"):
+        model.generate(bos_token_id=None, max_new_tokens=2)
