@@ -106,10 +106,13 @@ class PreallocatedCache:
         return self
 
     def reorder(self, rows: Tensor) -> PreallocatedCache:
-        """Row i becomes what row ``rows[i]`` was, in place; ``rows`` has one entry per row of the batch."""
-        for key, value in self._layers:
-            for stored in (key, value):
-                stored[:, :, : self._length] = stored[:, :, : self._length].index_select(0, rows)
+        """Row i becomes what row ``rows[i]`` was; in place unless the number of rows changes."""
+        for layer, (key, value) in enumerate(self._layers):
+            if len(rows) == len(key):
+                key[:, :, : self._length] = key[rows, :, : self._length]
+                value[:, :, : self._length] = value[rows, :, : self._length]
+            else:
+                self._layers[layer] = key.index_select(0, rows), value.index_select(0, rows)
         return self
 
     def crop(self, length: int) -> PreallocatedCache:
@@ -127,7 +130,7 @@ def as_cache(past: Cache | Sequence[KeyValue] | None, batch: int, config: OpenLl
     Raises ``InputError`` where layers, batch, heads, head size or dtype do not fit the model.
     """
     if past is None:
-        return GrowingCache()
+        return GrowingCache(())  # torch.compile cannot build it without an argument
     cache = past if isinstance(past, (GrowingCache, PreallocatedCache)) else GrowingCache(past)
     if len(cache) not in (0, config.num_hidden_layers):
         raise InputError(f"past_key_values has {len(cache)} layers, the model {config.num_hidden_layers}")
@@ -138,6 +141,6 @@ def as_cache(past: Cache | Sequence[KeyValue] | None, batch: int, config: OpenLl
                 f"past_key_values of layer {layer} have shapes {tuple(key.shape)} and {tuple(value.shape)}, needed is "
                 f"(batch, heads, length, head_dim) = {wanted}"
             )
-        if key.dtype != dtype:
+        if key.dtype != dtype and not torch.is_autocast_enabled(key.device.type):
             raise InputError(f"past_key_values of layer {layer} are {key.dtype}, the model computes in {dtype}")
     return cache

@@ -17,9 +17,10 @@ from openllama.generation import GenerationConfig
 from openllama.inputs import can_read_values, check_classification_labels, check_labels
 from openllama.losses import causal_lm_loss, chunked_causal_lm_loss, classification_loss
 from openllama.masks import positions_from_mask
-from openllama.model import OpenLlamaModel, init_weights
+from openllama.model import OpenLlamaModel
 from openllama.outputs import CausalLMOutput, SequenceClassifierOutput
 from openllama.pretrained import PretrainedModel
+from openllama.surgery import init_weights
 
 
 class OpenLlamaForCausalLM(PretrainedModel):
@@ -136,14 +137,21 @@ class OpenLlamaForCausalLM(PretrainedModel):
         """The module whose weight (V, C) makes the logits: the embedding table where it is shared."""
         return self.model.embedding.tokens if self.lm_head is None else self.lm_head
 
+    def set_output_embeddings(self, module: nn.Linear) -> None:
+        """Replace ``lm_head``; where the embedding table makes the logits, only a module that holds it will do."""
+        table = self.model.embedding.tokens.weight
+        if module.weight.shape != table.shape:
+            raise InputError(f"output embeddings must be {tuple(table.shape)}, got {tuple(module.weight.shape)}")
+        if (self.lm_head is None or self.config.tie_word_embeddings) and module.weight is not table:
+            flag = "shared_input_output_embedding" if self.lm_head is None else "tie_word_embeddings"
+            raise InputError(f"the config has {flag}: the output is the input table; use set_input_embeddings")
+        if self.lm_head is not None:
+            self.lm_head = module
+
     def tie_weights(self) -> None:
         """Make ``lm_head`` hold the embedding table itself where the config says so."""
         if self.config.tie_word_embeddings and self.lm_head is not None:
             self.lm_head.weight = self.model.embedding.tokens.weight
-
-    def set_attn_implementation(self, name: str | None) -> None:
-        """Choose the attention backend; raises ``BackendError`` where it cannot run."""
-        self.model.set_attn_implementation(name)
 
 
 class OpenLlamaForSequenceClassification(PretrainedModel):

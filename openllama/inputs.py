@@ -61,11 +61,12 @@ def check_position_ids(position_ids: Tensor, batch: int, length: int) -> Tensor:
     return position_ids
 
 
-def check_attention_mask(mask: Tensor, batch: int, length: int, key_length: int) -> None:
+def check_attention_mask(mask: Tensor, batch: int, length: int, key_length: int, heads: int = 1) -> None:
     """A padding mask of 0/1 or bool, (B, S), or a full mask (B | 1, H | 1, T, S), bool or additive."""
     cached = key_length - length
     if mask.ndim == 4:
-        if mask.shape[0] not in (1, batch) or mask.shape[2:] != (length, key_length):
+        fits = mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads) and mask.shape[2:] == (length, key_length)
+        if not fits:
             raise InputError(
                 f"a 4-D attention_mask must be ({batch}, 1, {length}, {key_length}), got {tuple(mask.shape)}"
             )

@@ -11,11 +11,13 @@ With S - T keys cached, the last query still sees every key: the causal triangle
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from openllama.errors import InputError
 from openllama.inputs import can_read_values
 
 
@@ -82,6 +84,27 @@ def visible_mask(attention_mask: Tensor | None, length: int, key_length: int, hi
 def positions_from_mask(attention_mask: Tensor) -> Tensor:
     """Positions that count real tokens only: mask [0, 0, 1, 1] -> [1, 1, 0, 1]; padding is at 1, as in HF."""
     return (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 1)
+
+
+def pack_documents(lengths: Sequence[int], device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
+    """Mask and positions for documents laid end to end in one row, none of which sees another.
+
+    Lengths [2, 1] -> attention_mask (1, 1, 3, 3), bool, and position_ids (1, 3):
+
+        1 0 0     0 1 0
+        1 1 0
+        0 0 1
+
+    A document of length n gets the numbers it would get alone. Raises ``InputError``.
+    """
+    if not lengths or min(lengths) < 1:
+        raise InputError(f"document lengths must be positive, got {list(lengths)}")
+    counts = torch.tensor(lengths, device=device)
+    document = torch.arange(len(lengths), device=device).repeat_interleave(counts)  # of each token
+    start = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    total = len(document)
+    mask = causal_visible(total, total, document.device) & (document[:, None] == document)
+    return mask[None, None], (torch.arange(total, device=device) - start)[None]
 
 
 def _lowest_where(hidden_keys: Tensor, dtype: torch.dtype) -> Tensor:

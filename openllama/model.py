@@ -27,6 +27,7 @@ from openllama.masks import Mask
 from openllama.outputs import BaseModelOutput
 from openllama.pretrained import PretrainedModel
 from openllama.rope import cos_sin, rotate
+from openllama.surgery import init_weights
 
 
 class StableEmbedding(nn.Module):
@@ -154,8 +155,6 @@ class OpenLlamaModel(PretrainedModel):
     ``use_memory_efficient_attention`` and eager where not.
     """
 
-    base_model_prefix = ""
-
     def __init__(self, config: OpenLlamaConfig, attn_implementation: str | None = None) -> None:
         super().__init__(config)
         self.embedding = StableEmbedding(config)
@@ -251,7 +250,7 @@ class OpenLlamaModel(PretrainedModel):
             position_ids, config.head_dim, config.rope_scaling, config.max_position_embeddings, key_length, x.dtype
         )
         if attention_mask is not None:
-            check_attention_mask(attention_mask, batch, length, key_length)
+            check_attention_mask(attention_mask, batch, length, key_length, config.num_attention_heads)
         backend = backend or self.attn_implementation
         return Context(rope, prepare_mask(attention_mask, length, key_length, x, backend), cache, backend)
 
@@ -265,21 +264,3 @@ class OpenLlamaModel(PretrainedModel):
         """Choose the attention backend; raises ``BackendError`` where it cannot run."""
         default = "sdpa" if self.config.use_memory_efficient_attention else "eager"
         self.attn_implementation = check_backend(name or default, self.device)
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embedding.tokens
-
-
-def init_weights(model: nn.Module, config: OpenLlamaConfig) -> None:
-    """Draw fresh weights: matrices N(0, initializer_range), a stable embedding Xavier-normal, padding zero."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=config.initializer_range)
-        elif isinstance(module, nn.Embedding):
-            if config.use_stable_embedding:
-                nn.init.xavier_normal_(module.weight)
-            else:
-                nn.init.normal_(module.weight, std=config.initializer_range)
-            if module.padding_idx is not None:
-                with torch.no_grad():
-                    module.weight[module.padding_idx] = 0

@@ -14,7 +14,7 @@ settings.register_profile("ci", derandomize=True, deadline=None, suppress_health
 settings.register_profile("long", deadline=None, suppress_health_check=quiet, print_blob=True, database=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the models are tiny; a second thread costs more than it gives
 
 
 @pytest.fixture(autouse=True)

@@ -31,6 +31,7 @@ def models(draw: st.DrawFn) -> OpenLlamaConfig:
             eos_token_id=eos,
             vocab_size=draw(st.integers(16, 80)),
             num_hidden_layers=draw(st.integers(2, 3)),
+            hidden_size=draw(st.sampled_from((16, 24, 40, 64))),
             num_attention_heads=4,
             initializer_range=draw(st.floats(0.3, 0.5)),
             shared_input_output_embedding=head == "shared",
