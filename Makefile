@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 NATIVE := checkpoints/open-llama-tiny-native
 
-.PHONY: help demo test check parity clean
+.PHONY: help demo test check parity record clean
 
 help:
 	@echo "make demo    convert the shipped checkpoint and continue an English and a Chinese prompt"
@@ -26,6 +26,10 @@ check: .venv/.installed-test .venv/.installed-dev
 
 parity: .venv/.installed-test
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests/parity
+
+# Outputs of transformers 4.31.0 for Pythons that cannot install it.
+record: .venv/.installed-test
+	$(BIN)/python -m tests.parity.record
 
 clean:
 	rm -rf .venv $(NATIVE)

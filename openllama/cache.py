@@ -93,7 +93,7 @@ class PreallocatedCache:
             raise InputError(
                 f"the cache has room for {self.max_length} tokens, {self._length} are in it, {key.shape[2]} are new"
             )
-        if key.requires_grad and torch.is_grad_enabled():
+        if (key.requires_grad or value.requires_grad) and torch.is_grad_enabled():
             raise InputError("PreallocatedCache is written in place and cannot carry gradients; use torch.no_grad()")
         keys, values = self._layers[layer]
         keys[:, :, self._length : end] = key

@@ -85,6 +85,8 @@ class OpenLlamaConfig:
                 f"hidden_size {self.hidden_size} / num_attention_heads {self.num_attention_heads} gives heads of "
                 f"{self.head_dim} dimensions; rotary embedding needs an even number"
             )
+        if self.pad_token_id is not None and not isinstance(self.pad_token_id, int):
+            raise ConfigError(f"pad_token_id must be an integer or None, got {self.pad_token_id!r}")
         if self.pad_token_id is not None and not -self.vocab_size <= self.pad_token_id < self.vocab_size:
             raise ConfigError(f"pad_token_id {self.pad_token_id} is outside the vocabulary of {self.vocab_size}")
 
@@ -96,11 +98,14 @@ class OpenLlamaConfig:
         if self.problem_type not in PROBLEM_TYPES:
             raise ConfigError(f"problem_type {self.problem_type!r} must be one of {PROBLEM_TYPES}")
         for name in ("hidden_dropout_prob", "attention_dropout_prob"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+            if not _is_number(value := getattr(self, name)) or not 0 <= value <= 1:
+                raise ConfigError(f"{name} must be a number in [0, 1], got {value!r}")
         for name in ("initializer_range", "rms_norm_eps"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+            if not _is_number(value := getattr(self, name)) or not 0 <= value < float("inf"):
+                raise ConfigError(f"{name} must be a number that is not negative, got {value!r}")
+        for f in dataclasses.fields(self):
+            if isinstance(f.default, bool) and not isinstance(value := getattr(self, f.name), bool):
+                raise ConfigError(f"{f.name} must be true or false, got {value!r}")
 
     def _check_rope_scaling(self) -> None:
         scaling = self.rope_scaling
@@ -111,7 +116,7 @@ class OpenLlamaConfig:
         if scaling["type"] not in ("linear", "dynamic"):
             raise ConfigError(f"rope_scaling type must be 'linear' or 'dynamic', got {scaling['type']!r}")
         factor = scaling["factor"]
-        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 1 < factor < float("inf"):
+        if not _is_number(factor) or not 1 < factor < float("inf"):
             raise ConfigError(f"rope_scaling factor must be a number above 1, got {factor!r}")
         if scaling["type"] == "dynamic" and self.head_dim == 2:
             raise ConfigError("dynamic rope_scaling needs heads of more than 2 dimensions")
@@ -119,8 +124,8 @@ class OpenLlamaConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as config.json holds it: unknown keys beside the fields, ``model_type`` among them."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra"}
-        return {**self.extra, **values, "model_type": MODEL_TYPE}
+        values = dataclasses.asdict(self)  # copies what can change
+        return {**values.pop("extra"), **values, "model_type": MODEL_TYPE}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], **overrides: Any) -> OpenLlamaConfig:
@@ -140,7 +145,7 @@ class OpenLlamaConfig:
         misspelt = "use_memorry_efficient_attention"  # early checkpoints have it, and HF lets it win
         if misspelt in values:
             values["use_memory_efficient_attention"] = values.pop(misspelt)
-        if "id2label" in values:
+        if values.get("id2label"):
             values.setdefault("num_labels", len(values["id2label"]))
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         if unknown := sorted(set(overrides) - known):
@@ -176,6 +181,10 @@ class OpenLlamaConfig:
         (Path(folder) / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _refuse_assignment(self: OpenLlamaConfig, name: str, value: Any) -> None:
     raise dataclasses.FrozenInstanceError(
         f"a config does not change; set model.config = dataclasses.replace(model.config, {name}={value!r}), "
@@ -193,12 +202,13 @@ def _from_llama(values: dict[str, Any]) -> dict[str, Any]:
     base or scaling, heads of a width of their own.
     """
     values = {"vocab_size": 32000, "pad_token_id": None, **values}
-    heads = values.get("num_attention_heads", 32)
+    heads, size = values.get("num_attention_heads", 32), values.get("hidden_size", 4096)
+    if not isinstance(heads, int) or not isinstance(size, int) or heads < 1:
+        raise ConfigError(f"num_attention_heads {heads!r} and hidden_size {size!r} must be positive integers")
     rope = values.pop("rope_parameters", None) or {}  # transformers 5 keeps all of RoPE here
     same = {
         "num_key_value_heads": (values.pop("num_key_value_heads", None) or heads, heads),
-        "head_dim": (values.pop("head_dim", None) or values.get("hidden_size", 4096) // heads,
-                     values.get("hidden_size", 4096) // heads),
+        "head_dim": (values.pop("head_dim", None) or size // heads, size // heads),
         "rope_theta": (values.pop("rope_theta", None) or rope.get("rope_theta", 10000.0), 10000.0),
         "rope_type": (rope.get("rope_type", "default"), "default"),
         "attention_bias": (values.pop("attention_bias", False), False),

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+import warnings
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+from torch import Tensor, nn
+
+from openllama.checkpoint.convert import described
+from openllama.checkpoint.names import EMBEDDING, LM_HEAD, PREFIX, SCORE, Head, Weights, floating_dtype, select
+from openllama.checkpoint.reader import open_checkpoint
+from openllama.checkpoint.writer import OURS, check_destination, finished_folder, write_weights
 from openllama.config import OpenLlamaConfig
+from openllama.errors import InputError
+from openllama.generation.config import GENERATION_CONFIG_FILE, GenerationConfig
+from openllama.surgery import resize_vocabulary
+
+if TYPE_CHECKING:
+    from openllama.model import OpenLlamaModel
+
+Model = TypeVar("Model", bound="PretrainedModel")
 
 
 class PretrainedModel(nn.Module):
     """Base of the decoder and of the heads on it; heads keep the decoder in ``self.model``."""
 
-    base_model_prefix = "model"
+    generation_config: GenerationConfig  # of models that generate
 
     def __init__(self, config: OpenLlamaConfig) -> None:
         super().__init__()
@@ -29,9 +46,13 @@ class PretrainedModel(nn.Module):
             self.base_model.config = config
 
     @property
-    def base_model(self) -> PretrainedModel:
+    def base_model(self) -> OpenLlamaModel:
         """The decoder without head: this model itself where it has none."""
-        return getattr(self, "model", self)
+        return getattr(self, "model", self)  # type: ignore[arg-type]  # only the decoder has no "model"
+
+    def get_decoder(self) -> OpenLlamaModel:
+        """HF's other name for ``base_model``."""
+        return self.base_model
 
     @property
     def device(self) -> torch.device:
@@ -42,5 +63,132 @@ class PretrainedModel(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Numbers in all weights, shared ones counted once; without those of embedding tables if asked."""
+        tables = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding) and exclude_embeddings}
+        counted = (p for p in self.parameters() if p.requires_grad or not only_trainable)
+        return sum(p.numel() for p in counted if id(p) not in tables)
+
+    def set_attn_implementation(self, name: str | None) -> None:
+        """Choose the attention backend; raises ``BackendError`` where it cannot run."""
+        self.base_model.set_attn_implementation(name)
+
+    def gradient_checkpointing_enable(self) -> None:
+        """In training, recompute each layer in the backward pass instead of keeping its inner values."""
+        self.base_model.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.base_model.gradient_checkpointing = False
+
+    def enable_input_require_grads(self) -> None:
+        """Let gradients flow from the embedding's output although the table is frozen, as adapters need it."""
+        self.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.base_model.embedding.tokens
+
+    def set_input_embeddings(self, module: nn.Embedding) -> None:
+        """Replace the embedding table by one of the same shape; tied heads follow."""
+        wanted = (self.config.vocab_size, self.config.hidden_size)
+        if module.weight.shape != wanted:
+            raise InputError(
+                f"input embeddings must be {wanted}, got {tuple(module.weight.shape)}; see resize_token_embeddings"
+            )
+        self.base_model.embedding.tokens = module
+        self.tie_weights()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """None: this model has no language-model head."""
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
+    ) -> nn.Embedding:
+        """Give the vocabulary ``new_num_tokens`` rows (None: as many as now), rounded up to a multiple.
+
+        The config follows. Raises ``InputError`` where a special id would lose its row.
+        """
+        size = self.config.vocab_size if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of is not None:
+            size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
+        if size != self.config.vocab_size:
+            resize_vocabulary(self, size)
+        return self.get_input_embeddings()
+
     def tie_weights(self) -> None:
         """Share the tensors the config wants shared; only a causal-LM head has any."""
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Model],
+        folder: str | PathLike[str],
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | int | None = None,
+        attn_implementation: str | None = None,
+        *,
+        torch_dtype: torch.dtype | str | None = None,
+        config: OpenLlamaConfig | str | PathLike[str] | None = None,
+        **config_overrides: Any,
+    ) -> Model:
+        """The model stored in ``folder`` (or a file of weights), HF or native, in eval mode.
+
+        ``dtype`` (alias ``torch_dtype``): None keeps the files' own. Unless cast or moved, weights are
+        pages of the files, read when used; training changes private copies, never the files.
+        ``config_overrides`` replace fields of config.json, ``config`` all of it.
+
+        A folder of another head serves too: what is left over is warned of, and so is the one weight
+        that may be new, a classifier's ``score``. Raises ``CheckpointError`` or ``ConfigError``.
+        """
+        dtype = floating_dtype(torch_dtype if dtype is None else dtype)
+        device = torch.get_default_device() if device is None else torch.device(device)
+        checkpoint = open_checkpoint(folder, config, **config_overrides)
+        with torch.device("meta"):
+            model = cls(checkpoint.config)
+        model.set_attn_implementation(attn_implementation)
+        weights = select(checkpoint.tensors, checkpoint.config, model._head)
+        model.load_state_dict(model._state(weights, dtype or weights.dtype, device), strict=True, assign=True)
+        model.tie_weights()
+        model.set_attn_implementation(attn_implementation)  # again, now that the device is known
+        if hasattr(model, "generation_config") and (checkpoint.folder / GENERATION_CONFIG_FILE).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+        return model.eval()
+
+    def save_pretrained(
+        self, folder: str | PathLike[str], max_shard_size: int | str = "5GB", overwrite: bool = True
+    ) -> None:
+        """Write the model to ``folder``: native layout, safetensors in files of at most ``max_shard_size``.
+
+        A model that is there is replaced once this one is whole, other files stay. Raises
+        ``KeyMismatchError`` if the weights are no longer those of the config, ``DestinationExistsError``,
+        or ``OSError`` when the disk is full.
+        """
+        check_destination(Path(folder), overwrite)
+        weights = select(self.state_dict(), self.config, self._head)
+        with finished_folder(Path(folder), OURS) as unfinished:
+            described(self.config, weights.head, weights.dtype).save_pretrained(unfinished)
+            if hasattr(self, "generation_config"):
+                self.generation_config.save_pretrained(unfinished)
+            write_weights(unfinished, weights.named_as_found(), max_shard_size=max_shard_size)
+
+    @property
+    def _head(self) -> Head:
+        if self.base_model is self:
+            return "body"
+        return "classifier" if hasattr(self, "score") else "causal-lm"
+
+    def _state(self, weights: Weights, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """What ``load_state_dict`` wants, strictly: tied weights twice, and a new ``score`` where there is none."""
+        state: dict[str, Tensor] = {}
+        places: set[int] = set()
+        for name, tensor in weights.tensors.items():
+            tensor = tensor.to(device, dtype).contiguous()
+            if tensor.data_ptr() in places:  # a pickle may store two weights as one; they would train as one
+                tensor = tensor.clone()
+            places.add(tensor.data_ptr())
+            state[name] = tensor
+        if isinstance(getattr(self, "lm_head", None), nn.Module):
+            state.setdefault(LM_HEAD, state[EMBEDDING])
+        if weights.head == "classifier" and SCORE not in state:
+            warnings.warn(f"{SCORE} is new and random: the checkpoint has no classifier; train it", stacklevel=3)
+            shape = (self.config.num_labels, self.config.hidden_size)
+            state[SCORE] = torch.empty(shape, dtype=dtype, device=device).normal_(std=self.config.initializer_range)
+        return state if self.base_model is not self else {k.removeprefix(PREFIX): t for k, t in state.items()}

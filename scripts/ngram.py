@@ -8,11 +8,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
+from typing import NamedTuple
 
 BLOCK = 256  # characters of one script lie together: an unseen one is guessed by its block of code points
 BLOCKS = 0x110000 // BLOCK - 0x800 // BLOCK  # all of Unicode but the surrogates, which no text holds
 
 Followers = dict[str, dict[str, int]]  # context -> next character -> count
+
+
+class Order(NamedTuple):
+    """All that is known about contexts of one length."""
+
+    followers: Followers
+    discounts: tuple[float, float, float, float]  # for counts of 0, 1, 2, and 3 or more
+    sums: dict[str, tuple[int, float]]  # context -> sum of its counts, sum of their discounts
 
 
 class CharNgram:
@@ -26,8 +35,7 @@ class CharNgram:
         if not text:
             raise ValueError("an n-gram needs a text to count, got an empty one")
         self.order = order
-        self.orders = [_count(text, n, highest=n == order) for n in range(1, order + 1)]
-        self.discounts = [_discounts(followers) for followers in self.orders]
+        self.orders = [_order(_count(text, n, highest=n == order)) for n in range(1, order + 1)]
         self.blocks = Counter(ord(character) // BLOCK for character in set(text))
         self.characters = sum(self.blocks.values())
 
@@ -39,23 +47,29 @@ class CharNgram:
     def prob(self, character: str, context: str) -> float:
         """P(character | context), interpolated from the lowest order to the highest."""
         p = self.base(character)
-        for n, (orders, discounts) in enumerate(zip(self.orders, self.discounts, strict=True)):
-            if n > len(context):
-                break
-            followers = orders.get(context[len(context) - n :])
-            if followers is None:
-                break  # a longer context was not seen either
-            total = sum(followers.values())
-            freed = sum(discounts[min(count, 3)] for count in followers.values())
-            count = followers.get(character, 0)
+        for n, (followers, discounts, sums) in enumerate(self.orders):
+            known = context[len(context) - n :]
+            if n > len(context) or known not in sums:
+                break  # longer contexts were not seen either
+            total, freed = sums[known]
+            count = followers[known].get(character, 0)
             p = (count - discounts[min(count, 3)] + freed * p) / total
         return p
 
     def bits(self, text: str, before: str = "") -> float:
         """Bits to write ``text`` down when ``before`` has just been read."""
-        whole, start = before[len(before) - min(len(before), self.order - 1) :] + text, len(before)
-        start = len(whole) - len(text)
-        return sum(-math.log2(self.prob(whole[i], whole[max(0, i - self.order + 1) : i])) for i in range(start, len(whole)))
+        whole, reach = before + text, self.order - 1
+        positions = range(len(before), len(whole))
+        return sum(-math.log2(self.prob(whole[i], whole[max(0, i - reach) : i])) for i in positions)
+
+
+def _order(followers: Followers) -> Order:
+    discounts = _discounts(followers)
+    sums = {
+        context: (sum(counts.values()), sum(discounts[min(count, 3)] for count in counts.values()))
+        for context, counts in followers.items()
+    }
+    return Order(followers, discounts, sums)
 
 
 def _count(text: str, n: int, highest: bool) -> Followers:

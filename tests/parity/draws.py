@@ -14,7 +14,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from openllama import OpenLlamaConfig, OpenLlamaForCausalLM
+import openllama
+from openllama import OpenLlamaConfig
+from openllama.checkpoint import hf_to_native
 from openllama.config import ACTIVATIONS
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -140,34 +142,18 @@ def randomise_norms(model: Module, seed: int) -> Module:
     return model
 
 
-def hf_model(config: OpenLlamaConfig, seed: int) -> Any:
-    """A fresh transformers 4.31.0 ``OpenLlamaForCausalLM``, in eval mode: dynamic RoPE remembers earlier calls."""
+def hf_model(config: OpenLlamaConfig, seed: int, kind: str = "OpenLlamaForCausalLM") -> Any:
+    """A fresh transformers 4.31.0 model in eval mode; fresh, because its dynamic RoPE remembers earlier calls."""
     from tests.oracle import transformers
 
     torch.manual_seed(seed)
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "extra"}
-    model = transformers.OpenLlamaForCausalLM(transformers.OpenLlamaConfig(**fields))
+    model = getattr(transformers, kind)(transformers.OpenLlamaConfig(**fields))
     return randomise_norms(model, seed).eval()
 
 
-def our_twin(hf: Any, config: OpenLlamaConfig, attn_implementation: str = "eager") -> OpenLlamaForCausalLM:
-    """Our model with the same weights, in eval mode."""
-    model = OpenLlamaForCausalLM(config, attn_implementation=attn_implementation)
-    model.load_state_dict({native_name(name): value for name, value in hf.state_dict().items() if "inv_freq" not in name})
+def our_twin(hf: Any, config: OpenLlamaConfig, attn_implementation: str = "eager") -> Any:
+    """Our model of the same class with the same weights, in eval mode."""
+    model = getattr(openllama, type(hf).__name__)(config, attn_implementation=attn_implementation)
+    model.load_state_dict(hf_to_native(hf.state_dict()))
     return model.eval()
-
-
-RENAMES = (
-    ("embed_tokens", "embedding.tokens"),
-    ("embed_layer_norm", "embedding.norm"),
-    ("input_layernorm", "attention_norm"),
-    ("post_attention_layernorm", "mlp_norm"),
-    ("self_attn", "attention"),
-)
-
-
-def native_name(name: str) -> str:
-    """Our name of one of HF's weights."""
-    for theirs, ours in RENAMES:
-        name = name.replace(theirs, ours)
-    return name

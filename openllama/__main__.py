@@ -1,0 +1,7 @@
+"""``python -m openllama``."""
+
+import sys
+
+from openllama.cli import main
+
+sys.exit(main())

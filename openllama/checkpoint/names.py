@@ -1,0 +1,277 @@
+"""Names of weights: the one table between HF's and ours, and the check that a set of them is a model.
+
+A pure rename: no tensor is permuted, fused or computed with. HF also stores each layer's rotary
+frequencies (``inv_freq``); they follow from the configuration, so they are checked and dropped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from openllama.config import OpenLlamaConfig
+from openllama.errors import ConfigError, KeyMismatchError
+from openllama.rope import frequencies
+
+Shape = tuple[int, ...]
+Layout = Literal["hf", "native"]
+Head = Literal["body", "causal-lm", "classifier"]
+
+PREFIX = "model."  # of the decoder's weights under a head; a decoder saved alone has none
+HF_TO_NATIVE = {
+    "model.embed_tokens.weight": "model.embedding.tokens.weight",
+    "model.embed_layer_norm.weight": "model.embedding.norm.weight",
+    "model.embed_layer_norm.bias": "model.embedding.norm.bias",
+    "model.layers.N.input_layernorm.weight": "model.layers.N.attention_norm.weight",
+    "model.layers.N.self_attn.q_proj.weight": "model.layers.N.attention.q_proj.weight",
+    "model.layers.N.self_attn.k_proj.weight": "model.layers.N.attention.k_proj.weight",
+    "model.layers.N.self_attn.v_proj.weight": "model.layers.N.attention.v_proj.weight",
+    "model.layers.N.self_attn.o_proj.weight": "model.layers.N.attention.o_proj.weight",
+    "model.layers.N.post_attention_layernorm.weight": "model.layers.N.mlp_norm.weight",
+    "model.layers.N.mlp.gate_proj.weight": "model.layers.N.mlp.gate_proj.weight",
+    "model.layers.N.mlp.up_proj.weight": "model.layers.N.mlp.up_proj.weight",
+    "model.layers.N.mlp.down_proj.weight": "model.layers.N.mlp.down_proj.weight",
+    "model.norm.weight": "model.norm.weight",
+    "lm_head.weight": "lm_head.weight",
+    "score.weight": "score.weight",
+}
+NATIVE_TO_HF = {native: hf for hf, native in HF_TO_NATIVE.items()}
+INV_FREQ = "model.layers.N.self_attn.rotary_emb.inv_freq"  # HF's, derived
+EMBEDDING, LM_HEAD, SCORE = "model.embedding.tokens.weight", "lm_head.weight", "score.weight"
+HEADS = (LM_HEAD, SCORE)
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_TO_NATIVE = {"hf": HF_TO_NATIVE, "native": {name: name for name in NATIVE_TO_HF}}
+_LAYER_NUMBER = re.compile(r"(?<=^model\.layers\.)(0|[1-9]\d*)(?=\.)")
+
+
+@dataclass
+class Problems:
+    """Everything wrong with a set of weights, said in one error."""
+
+    unknown: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    duplicate: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    misshaped: list[str] = field(default_factory=list)
+    not_floating: list[str] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Raise ``KeyMismatchError`` with every entry, if there is any."""
+        titles = {
+            "unknown": "not a weight of an Open-Llama",
+            "unexpected": "not in the model that the configuration describes",
+            "duplicate": "given twice",
+            "missing": "missing",
+            "misshaped": "of the wrong shape",
+            "not_floating": "not of a floating-point type",
+        }
+        found = [(titles[name], entries) for name, entries in dataclasses.asdict(self).items() if entries]
+        if found:
+            parts = [f"{title} ({len(entries)}): {', '.join(entries)}" for title, entries in found]
+            raise KeyMismatchError(
+                f"the weights do not fit: {'; '.join(parts)}. Is this the config.json that belongs to them?"
+            )
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of one model by their full native names, ``model.`` included."""
+
+    tensors: dict[str, Tensor]
+    head: Head
+    layout: Layout  # of the names they came by
+    bare: bool  # they came without ``model.``: a decoder saved alone
+
+    def named_as_found(self) -> dict[str, Tensor]:
+        """Native names, with ``model.`` where the source had it."""
+        return _without_prefix(self.tensors) if self.bare else self.tensors
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of all, or the narrowest that holds each without rounding."""
+        return reduce(torch.promote_types, {tensor.dtype for tensor in self.tensors.values()})
+
+
+def floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A type that weights can have, by itself or by name; None and "auto" leave it open."""
+    if dtype is None or dtype == "auto":
+        return None
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found not in FLOATING:
+        raise ConfigError(f"dtype {dtype} is not one of {', '.join(map(str, FLOATING))}")
+    return found
+
+
+def expected_shapes(config: OpenLlamaConfig, head: Head = "causal-lm") -> dict[str, Shape]:
+    """Full native name -> shape of every weight a file must hold; a tied ``lm_head`` needs no copy."""
+    size, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
+    shapes: dict[str, Shape] = {EMBEDDING: (vocab, size)}
+    if config.use_stable_embedding:
+        shapes |= {"model.embedding.norm.weight": (size,), "model.embedding.norm.bias": (size,)}
+    for layer in range(config.num_hidden_layers):
+        names = f"model.layers.{layer}."
+        shapes |= {f"{names}{norm}.weight": (size,) for norm in ("attention_norm", "mlp_norm")}
+        shapes |= {f"{names}attention.{which}_proj.weight": (size, size) for which in "qkvo"}
+        shapes |= {f"{names}mlp.{which}_proj.weight": (inner, size) for which in ("gate", "up")}
+        shapes[f"{names}mlp.down_proj.weight"] = (size, inner)
+    shapes["model.norm.weight"] = (size,)
+    if head == "causal-lm" and not (config.shared_input_output_embedding or config.tie_word_embeddings):
+        shapes[LM_HEAD] = (vocab, size)
+    if head == "classifier":
+        shapes[SCORE] = (config.num_labels, size)
+    return shapes
+
+
+def layout_of(names: Collection[str]) -> Layout:
+    """ "hf" or "native", told by the names the two do not share; raises ``KeyMismatchError`` without any."""
+    patterns = {_pattern(name) for name in names}
+    if patterns & (HF_TO_NATIVE.keys() - NATIVE_TO_HF.keys()):
+        return "hf"
+    if patterns & (NATIVE_TO_HF.keys() - HF_TO_NATIVE.keys()):
+        return "native"
+    shown = ", ".join(sorted(names)[:10]) or "none at all"
+    raise KeyMismatchError(f"these are not the weights of an Open-Llama: neither HF's names nor native ones in {shown}")
+
+
+def hf_to_native(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """HF's names -> ours; ``inv_freq`` is dropped, with a warning where it is not the usual one.
+
+    With ``model.`` before the decoder's weights or, for a decoder alone, without; native names stay.
+    Raises ``KeyMismatchError`` for unknown and duplicate names.
+    """
+    problems = Problems()
+    found, inv_freq = _rename(state_dict, _TO_NATIVE[layout_of(state_dict)], problems)
+    problems.check()
+    _check_inv_freq(inv_freq)
+    return _without_prefix(found) if _is_bare(state_dict) else found
+
+
+def native_to_hf(state_dict: Mapping[str, Tensor], config: OpenLlamaConfig) -> dict[str, Tensor]:
+    """Our names -> HF's, with all that HF 4.31.0 itself stores, so that it loads strictly.
+
+    That is ``inv_freq`` of each layer, and ``lm_head.weight`` where it is tied. Raises
+    ``KeyMismatchError`` unless the weights are exactly those of ``config``.
+    """
+    weights = select(state_dict, config)
+    hf, _ = _rename(weights.tensors, NATIVE_TO_HF, Problems())
+    if config.tie_word_embeddings and not config.shared_input_output_embedding and weights.head == "causal-lm":
+        hf[LM_HEAD] = weights.tensors[EMBEDDING]
+    for layer in range(config.num_hidden_layers):
+        hf[INV_FREQ.replace(".N.", f".{layer}.")] = _implied_inv_freq(config.head_dim)
+    return _without_prefix(hf) if weights.bare else hf
+
+
+def select(tensors: Mapping[str, Tensor], config: OpenLlamaConfig, head: Head | None = None) -> Weights:
+    """The weights that a model of ``config`` with ``head`` (None: the one found) needs, natively named.
+
+    ``tensors`` may be in either layout. All that is unknown, missing, duplicate or mis-shaped is in
+    one ``KeyMismatchError``; heads the model has no use for are left out with a warning; a missing
+    ``score.weight`` is not an error, because a classifier may begin with a new one.
+    """
+    problems = Problems()
+    layout, bare = layout_of(tensors), _is_bare(tensors)
+    found, inv_freq = _rename(tensors, _TO_NATIVE[layout], problems)
+    if head is None:
+        head = "classifier" if SCORE in found else "body" if bare else "causal-lm"
+    expected = expected_shapes(config, head)
+    unused = {name: found.pop(name) for name in HEADS if name in found and name not in expected}
+    problems.unexpected += sorted(found.keys() - expected.keys())
+    problems.missing += sorted(expected.keys() - found.keys() - {SCORE})
+    for name in sorted(found.keys() & expected.keys()):
+        _check_shape(name, found[name], expected[name], problems)
+    for name, tensor in inv_freq.items():
+        _check_shape(name, tensor, (config.head_dim // 2,), problems)
+    problems.check()
+    _check_inv_freq(inv_freq)
+    _warn_unused(unused, found[EMBEDDING], config, head)
+    return Weights({name: found[name] for name in expected if name in found}, head, layout, bare)
+
+
+def _rename(
+    tensors: Mapping[str, Tensor], table: Mapping[str, str], problems: Problems
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights by their new full names, and the ``inv_freq`` among them by their old ones."""
+    sources: dict[str, str] = {}
+    inv_freq: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        renamed = _translate(name, table)
+        if _pattern(name) == INV_FREQ:
+            inv_freq[name] = tensor
+        elif renamed is None:
+            problems.unknown.append(name)
+        elif renamed in sources:
+            problems.duplicate.append(f"{renamed} (as {sources[renamed]} and {name})")
+        else:
+            sources[renamed] = name
+    return {renamed: tensors[name] for renamed, name in sources.items()}, inv_freq
+
+
+def _translate(name: str, table: Mapping[str, str]) -> str | None:
+    """The full name that ``table`` has for ``name``, or None."""
+    number = _LAYER_NUMBER.search(_full(name))
+    translated = table.get(_pattern(name))
+    if translated is None or (number is None and ".N." in translated):
+        return None
+    return translated if number is None else translated.replace(".N.", f".{number[0]}.")
+
+
+def _full(name: str) -> str:
+    return name if name in HEADS or name.startswith(PREFIX) else PREFIX + name
+
+
+def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def _pattern(name: str) -> str:
+    """The name as the table spells it: ``layers.3.mlp...`` -> ``model.layers.N.mlp...``."""
+    return _LAYER_NUMBER.sub("N", _full(name))
+
+
+def _is_bare(names: Collection[str]) -> bool:
+    return not any(name in HEADS or name.startswith(PREFIX) for name in names)
+
+
+def _check_shape(name: str, tensor: Tensor, expected: Shape, problems: Problems) -> None:
+    if tuple(tensor.shape) != expected:
+        problems.misshaped.append(f"{name} is {tuple(tensor.shape)}, the configuration implies {expected}")
+    if tensor.dtype not in FLOATING:
+        problems.not_floating.append(f"{name} is {tensor.dtype}")
+
+
+def _implied_inv_freq(head_dim: int) -> Tensor:
+    return frequencies(head_dim, None, max_positions=1, key_length=1)
+
+
+def _check_inv_freq(inv_freq: Mapping[str, Tensor]) -> None:
+    """Warn of tables that RoPE at base 10000 does not have, be it rounded to 16 bits on the way."""
+    for name, table in inv_freq.items():
+        implied = _implied_inv_freq(2 * table.numel())
+        dtypes = (torch.float32, torch.bfloat16, torch.float16)
+        if not any(torch.allclose(table.float(), implied.to(dtype).float(), rtol=1e-5, atol=1e-9) for dtype in dtypes):
+            warnings.warn(
+                f"{name} is not what the configuration implies, and is ignored; dynamic NTK scaling leaves such a "
+                "table behind after a long text",
+                stacklevel=2,
+            )
+
+
+def _warn_unused(unused: Mapping[str, Tensor], embedding: Tensor, config: OpenLlamaConfig, head: Head) -> None:
+    for name, tensor in unused.items():
+        if name == SCORE or head != "causal-lm":
+            warnings.warn(f"{name} is not used: this model has no such head", stacklevel=2)
+        elif config.shared_input_output_embedding:
+            warnings.warn(f"{name} is not used: shared_input_output_embedding makes the table the head", stacklevel=2)
+        elif tensor.dtype != embedding.dtype or not torch.equal(tensor, embedding):
+            warnings.warn(
+                f"{name} differs from {EMBEDDING} but tie_word_embeddings is set: the embedding serves as both",
+                stacklevel=2,
+            )

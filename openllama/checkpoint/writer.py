@@ -1,0 +1,230 @@
+"""Writing checkpoints: safetensors, piece by piece, in a folder that appears only when it is whole.
+
+Everything goes to a temporary folder first, is read again and compared with its source, and only
+then gets its name. An error, a full disk or Ctrl-C leaves the destination as it was.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import secrets
+import shutil
+import struct
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from openllama.checkpoint.reader import DTYPES, SAFETENSORS_FILE, SAFETENSORS_INDEX, open_file
+from openllama.config import CONFIG_FILE
+from openllama.errors import CheckpointError, CorruptCheckpointError, DestinationExistsError
+
+CHUNK = 32 * 2**20  # bytes of a tensor handled at a time
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+OURS = (CONFIG_FILE, SAFETENSORS_FILE, SAFETENSORS_INDEX, "model-?????-of-?????.safetensors")
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+Tick = Callable[[int], object]  # told of bytes done
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes in "5GB", "500 MiB" or a plain number; raises ``ValueError`` for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?B)?", str(size).strip().upper())
+    count = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    if count < 1:
+        raise ValueError(f"{size!r} is not a size; write 5GB, 500MiB or a number of bytes")
+    return count
+
+
+def plan_shards(tensors: Mapping[str, Tensor], max_bytes: int, dtype: torch.dtype | None) -> dict[str, list[str]]:
+    """File name -> the weights it will hold, in order; only a single larger tensor exceeds ``max_bytes``."""
+    groups: list[list[str]] = [[]]
+    used = 0
+    for name, tensor in tensors.items():
+        size = _size(tensor, dtype)
+        if groups[-1] and used + size > max_bytes:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += size
+    if len(groups) == 1:
+        return {SAFETENSORS_FILE: groups[0]}
+    return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def write_weights(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+    tick: Tick = lambda done: None,
+) -> None:
+    """Write ``tensors`` (cast to ``dtype`` if given) into ``folder``, and read every byte again.
+
+    ``tick`` gets the bytes of each piece written, then of each piece compared. Raises ``OSError``
+    when the disk is full, ``CheckpointError`` when a number does not fit ``dtype``.
+    """
+    shards = plan_shards(tensors, parse_size(max_shard_size), dtype)
+    total = sum(_size(tensor, dtype) for tensor in tensors.values())
+    if total > (free := shutil.disk_usage(folder).free):
+        needed = f"No space left: {total / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free"
+        raise OSError(errno.ENOSPC, needed, str(folder))
+    for file, names in shards.items():
+        try:
+            _write_file(folder / file, {name: tensors[name] for name in names}, dtype, tick)
+        except OSError as error:
+            error.filename = error.filename or str(folder / file)  # a failed write does not say where
+            raise
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in shards.items() for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for file, names in shards.items():
+        _compare_file(folder / file, {name: tensors[name] for name in names}, dtype, tick)
+
+
+def pieces(tensor: Tensor, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
+    """A tensor by rows, each piece of about ``CHUNK`` bytes, in memory, contiguous and cast."""
+    row = max(1, tensor[:1].numel() * tensor.element_size())
+    for piece in tensor.detach().split(max(1, CHUNK // row)):
+        yield piece.to("cpu", dtype or tensor.dtype).contiguous()
+
+
+def _write_file(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, tick: Tick) -> None:
+    """One safetensors file, on the disk when this returns."""
+    # The widest types first, so that each tensor begins at a multiple of its own element size.
+    names = sorted(tensors, key=lambda name: -(dtype or tensors[name].dtype).itemsize)
+    with path.open("wb") as file:
+        file.write(_header({name: tensors[name] for name in names}, dtype))
+        for name in names:
+            for piece in pieces(tensors[name], dtype):
+                if dtype == torch.float16 and piece.isinf().any():
+                    raise CheckpointError(f"{name} holds numbers beyond float16, which ends at 65504; use bfloat16")
+                file.write(_raw(piece))
+                tick(piece.nbytes)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _header(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> bytes:
+    """What precedes the numbers: the header's length, the header, spaces up to a multiple of 8."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + _size(tensor, dtype)
+        code = CODES[dtype or tensor.dtype]
+        entries[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _compare_file(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, tick: Tick) -> None:
+    """Read ``path`` again and raise ``CorruptCheckpointError`` unless it holds these very bits."""
+    written = open_file(path)
+    for name, tensor in tensors.items():
+        for piece, again in zip(pieces(tensor, dtype), pieces(written[name]), strict=True):
+            if not same_bits(piece, again):
+                raise CorruptCheckpointError(f"{path}: {name} reads back changed; is the disk or memory failing?")
+            tick(piece.nbytes)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal type, shape and bits, so that NaN equals itself and 0 does not equal -0; both contiguous."""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bytes(a), _bytes(b))
+
+
+def _raw(piece: Tensor) -> memoryview:
+    return _bytes(piece).numpy().data
+
+
+def _bytes(piece: Tensor) -> Tensor:
+    # Each number as a row of bytes; of a size-1 dimension torch believes any stride, of a new one it knows it.
+    return piece.unsqueeze(-1).view(torch.uint8)
+
+
+def _size(tensor: Tensor, dtype: torch.dtype | None) -> int:
+    return tensor.numel() * (dtype or tensor.dtype).itemsize
+
+
+# ---- folders
+
+
+def check_destination(destination: Path, overwrite: bool) -> None:
+    """Raise ``DestinationExistsError`` if something is there that may not be replaced."""
+    if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
+        return
+    if not destination.is_dir():
+        raise DestinationExistsError(f"{destination} is a file; name a folder")
+    if not overwrite:
+        raise DestinationExistsError(f"{destination} exists; choose another folder, or pass overwrite (--overwrite)")
+
+
+@contextmanager
+def finished_folder(destination: Path, replaced: Collection[str]) -> Iterator[Path]:
+    """A temporary folder whose files become those of ``destination`` when the block ends well.
+
+    A new destination appears by one rename. In one that exists, files whose names match a pattern
+    of ``replaced`` make way, all others stay; the last step is its config.json, without which a
+    folder is not read.
+    """
+    exists = destination.is_dir()
+    parent = destination if exists else destination.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    temporary = parent / f".{destination.name}.{secrets.token_hex(4)}.incomplete"
+    try:
+        temporary.mkdir()
+        yield temporary
+        for path in (*temporary.iterdir(), temporary):
+            _sync(path)
+        if exists:
+            _move_in(temporary, destination, replaced)
+        else:
+            temporary.rename(destination)
+        _sync(parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move_in(temporary: Path, destination: Path, replaced: Collection[str]) -> None:
+    """Swap the files of ``temporary`` for the replaced ones of ``destination``; all, or on an error none."""
+    patterns = (*replaced, *(path.name for path in temporary.iterdir()))
+    old = [p for p in destination.iterdir() if p.is_file() and any(fnmatch(p.name, pattern) for pattern in patterns)]
+    backup = temporary.with_suffix(".replaced")
+    backup.mkdir()
+    moves = [(path, backup / path.name) for path in sorted(old, key=_config_first)]
+    moves += [(path, destination / path.name) for path in sorted(temporary.iterdir(), key=_config_first, reverse=True)]
+    done: list[tuple[Path, Path]] = []
+    try:
+        for source, target in moves:
+            done.append((source, target))
+            source.rename(target)
+    except BaseException:
+        for source, target in reversed(done):
+            if not source.exists():
+                target.rename(source)
+        backup.rmdir()
+        raise
+    shutil.rmtree(backup, ignore_errors=True)
+
+
+def _config_first(path: Path) -> bool:
+    return path.name != CONFIG_FILE
+
+
+def _sync(path: Path) -> None:
+    """Have the system write ``path``, a file or a folder, to the disk."""
+    if os.name != "posix":
+        return  # elsewhere folders cannot be opened
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,313 @@
+"""Converting and verifying: what comes out, under how little memory, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from openllama.checkpoint import convert, inspect, verify, writer
+from openllama.checkpoint.convert import COPIED
+from openllama.checkpoint.names import expected_shapes
+from openllama.checkpoint.reader import open_checkpoint, open_file
+from openllama.config import OpenLlamaConfig
+from openllama.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigError,
+    CorruptCheckpointError,
+    DestinationExistsError,
+    KeyMismatchError,
+)
+from tests.checkpoints import (
+    FORMS,
+    assert_same_tensors,
+    hf_weights,
+    native_weights,
+    tiny_config,
+    write_checkpoint,
+    write_file,
+)
+from tests.draw import examples
+from tests.parity.draws import configs
+
+CONFIG = tiny_config(extra={"torch_dtype": "float16", "transformers_version": "4.31.0"})
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = write_checkpoint(tmp_path / "source", hf_weights(CONFIG), CONFIG)
+    for name in COPIED:
+        (folder / name).write_text(f"content of {name}")
+    (folder / "README.md").write_text("not copied")
+    return folder
+
+
+def run(source: Path, target: Path, **options: Any) -> None:
+    convert(source, target, progress=False, **options)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@examples(20)
+@given(
+    data=st.data(),
+    config=configs(),
+    head=st.sampled_from(("body", "causal-lm", "classifier")),
+    limit=st.integers(1, 20000),
+)
+def test_any_sharding_gives_the_same_weights(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, config: OpenLlamaConfig, head: Any, limit: int
+) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    form, layout = data.draw(st.sampled_from(FORMS)), data.draw(st.sampled_from((hf_weights, native_weights)))
+    write_checkpoint(folder / "source", layout(config, head), config, form, shards=data.draw(st.integers(1, 5)))
+    run(folder / "source", folder / "native", max_shard_size=limit)
+    converted = open_checkpoint(folder / "native")
+    assert_same_tensors(converted.tensors, native_weights(config, head))
+    assert inspect(folder / "native").head == head
+    verify(folder / "native", folder / "source")
+
+
+def test_what_comes_along(source: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "native")
+    assert {path.name for path in (tmp_path / "native").iterdir()} == {"config.json", "model.safetensors", *COPIED}
+    for name in COPIED:
+        assert (tmp_path / "native" / name).read_text() == f"content of {name}"
+    values = json.loads((tmp_path / "native" / "config.json").read_text())
+    assert values["torch_dtype"] == "float32"  # what the weights are, whatever the source's config said
+    assert values["architectures"] == ["OpenLlamaForCausalLM"]
+    assert values["transformers_version"] == "4.31.0"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.float16, "float32"])
+def test_casting(source: Path, tmp_path: Path, dtype: Any) -> None:
+    run(source, tmp_path / "native", dtype=dtype)
+    wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    expected = {name: tensor.to(wanted) for name, tensor in native_weights(CONFIG).items()}
+    assert_same_tensors(load_file(tmp_path / "native" / "model.safetensors"), expected)
+    assert f"torch.{open_checkpoint(tmp_path / 'native').config.extra['torch_dtype']}" == str(wanted)
+    report = verify(tmp_path / "native", source)
+    assert report.rounded_to == (None if wanted == torch.float32 else str(wanted).removeprefix("torch."))
+
+
+def test_raw_state_dict(tmp_path: Path) -> None:
+    torch.save({"module": hf_weights(CONFIG)}, tmp_path / "raw.pt")
+    with pytest.raises(CheckpointNotFoundError, match="--config"):
+        run(tmp_path / "raw.pt", tmp_path / "native")
+    run(tmp_path / "raw.pt", tmp_path / "native", config=CONFIG)
+    assert_same_tensors(open_checkpoint(tmp_path / "native").tensors, native_weights(CONFIG))
+
+
+def test_plain_llama_becomes_an_open_llama(tmp_path: Path) -> None:
+    config = tiny_config(use_stable_embedding=False, shared_input_output_embedding=False)
+    write_checkpoint(tmp_path / "llama", hf_weights(config), None)
+    values = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 13, "hidden_size": 8,
+              "intermediate_size": 6, "num_hidden_layers": 2, "num_attention_heads": 2}  # fmt: skip
+    (tmp_path / "llama" / "config.json").write_text(json.dumps(values))
+    run(tmp_path / "llama", tmp_path / "native")
+    written = json.loads((tmp_path / "native" / "config.json").read_text())
+    assert (written["model_type"], written["architectures"]) == ("open-llama", ["OpenLlamaForCausalLM"])
+    assert_same_tensors(open_checkpoint(tmp_path / "native").tensors, native_weights(config))
+
+
+def test_tied_head_is_written_once(tmp_path: Path) -> None:
+    config = tiny_config(shared_input_output_embedding=False, tie_word_embeddings=True)
+    write_checkpoint(tmp_path / "source", hf_weights(config), config)
+    run(tmp_path / "source", tmp_path / "native")
+    assert_same_tensors(load_file(tmp_path / "native" / "model.safetensors"), native_weights(config))
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize("where", [".", "source", "source/../source"])
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_source_is_never_the_destination(source: Path, tmp_path: Path, where: str, overwrite: bool) -> None:
+    before = tree(tmp_path)
+    for src in (source, source / "pytorch_model.bin"):
+        with pytest.raises(DestinationExistsError, match="is or contains the source"):
+            run(src, tmp_path / where, overwrite=overwrite)
+    (tmp_path / "link").symlink_to(source)
+    with pytest.raises(DestinationExistsError, match="is or contains the source"):
+        run(source, tmp_path / "link", overwrite=overwrite)
+    assert tree(tmp_path / "source") == {k.removeprefix("source/"): v for k, v in before.items()}
+
+
+def test_destination_that_exists(source: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "native", max_shard_size=500)
+    before = tree(tmp_path / "native")
+    with pytest.raises(DestinationExistsError, match="--overwrite"):
+        run(source, tmp_path / "native")
+    assert tree(tmp_path / "native") == before
+    (tmp_path / "native" / "notes.txt").write_text("mine")
+    (source / "added_tokens.json").unlink()
+    run(source, tmp_path / "native", overwrite=True)
+    names = {path.name for path in (tmp_path / "native").iterdir()}
+    assert names == {"config.json", "model.safetensors", "notes.txt", *COPIED} - {"added_tokens.json"}
+
+
+def test_folder_that_is_no_checkpoint_is_not_replaced(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").write_text("meow")
+    with pytest.raises(DestinationExistsError, match="other things than a checkpoint"):
+        run(source, tmp_path / "photos", overwrite=True)
+    with pytest.raises(DestinationExistsError, match="is a file"):
+        run(source, tmp_path / "photos" / "cat.png", overwrite=True)
+    assert tree(tmp_path / "photos") == {"cat.png": b"meow"}
+
+
+def test_config_that_contradicts_the_tensors(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "source", hf_weights(CONFIG), tiny_config(vocab_size=14, num_hidden_layers=3))
+    with pytest.raises(KeyMismatchError, match=r"missing \(9\).*tokens\.weight is \(13, 8\), .* implies \(14, 8\)"):
+        run(tmp_path / "source", tmp_path / "native")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_other_refusals(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointNotFoundError, match="no such file or folder"):
+        run(tmp_path / "absent", tmp_path / "native")
+    with pytest.raises(ConfigError, match="int8"):
+        run(source, tmp_path / "native", dtype="int8")
+    with pytest.raises(ValueError, match="is not a size"):
+        run(source, tmp_path / "native", max_shard_size="huge")
+    (source / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ConfigError, match="gpt2"):
+        run(source, tmp_path / "native")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")], ids=repr)
+@pytest.mark.parametrize("exists", [True, False])
+def test_interrupted(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, exists: bool
+) -> None:
+    if exists:
+        run(source, tmp_path / "native")
+    before = tree(tmp_path)
+    real, calls = writer._raw, []
+
+    def failing(piece: torch.Tensor) -> memoryview:
+        calls.append(piece)
+        if len(calls) == 9:
+            raise error
+        return real(piece)
+
+    monkeypatch.setattr(writer, "_raw", failing)
+    with pytest.raises(type(error)):
+        run(source, tmp_path / "native", overwrite=True, max_shard_size=300)
+    assert tree(tmp_path) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == (["native", "source"] if exists else ["source"])
+
+
+# ---- verify and inspect
+
+
+def test_inspect(source: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "native", dtype="bfloat16", max_shard_size=500)
+    hf, native = inspect(source), inspect(tmp_path / "native")
+    assert (hf.layout, hf.format, hf.head, hf.dtypes) == ("hf", "pickle", "causal-lm", {"float32": hf.parameters})
+    assert (native.layout, native.format, native.dtypes) == ("native", "safetensors", {"bfloat16": hf.parameters})
+    assert hf.bytes == 2 * native.bytes == 4 * sum(tensor.numel() for tensor in native_weights(CONFIG).values())
+    assert len(native.files) > 1
+    assert f"causal-lm of {hf.parameters:,} parameters, float32" in str(hf)
+    assert "stable embedding, shared head" in str(native)
+    assert "\n" not in str(native)
+
+
+def test_verify_finds_numbers_that_are_none(tmp_path: Path) -> None:
+    weights = native_weights(CONFIG)
+    weights["model.layers.0.mlp.up_proj.weight"][3, 2] = float("nan")
+    weights["model.norm.weight"][1] = float("inf")
+    write_checkpoint(tmp_path, weights, CONFIG)
+    with pytest.raises(CorruptCheckpointError, match=r"NaN or infinity in model\.layers\.0\.mlp\.up_proj.*model\.norm"):
+        verify(tmp_path)
+
+
+def test_verify_finds_differences(source: Path, tmp_path: Path) -> None:
+    weights = native_weights(CONFIG)
+    weights["model.norm.weight"] = weights["model.norm.weight"].flip(0)
+    weights["model.layers.1.attention.q_proj.weight"][0, 0] += 1e-6
+    write_checkpoint(tmp_path / "other", weights, CONFIG, "safetensors shards")
+    with pytest.raises(
+        CheckpointError, match=r"differ in model\.layers\.1\.attention\.q_proj\.weight, model\.norm\.wei"
+    ):
+        verify(tmp_path / "other", source)
+    config = tiny_config(num_hidden_layers=1)
+    write_checkpoint(tmp_path / "short", native_weights(config), config)
+    with pytest.raises(KeyMismatchError, match=r"only one of .* holds model\.layers\.1"):
+        verify(tmp_path / "short", source)
+    assert "all 22 tensors" in str(verify(source))
+
+
+# ---- memory
+
+CHILD = """
+import sys
+import torch
+print("torch is imported", flush=True)
+sys.stdin.readline()
+from openllama.checkpoint import convert
+convert(sys.argv[1], sys.argv[2], dtype=sys.argv[3] or None, progress=False)
+"""
+
+
+def anonymous_memory(pid: int) -> int:
+    """Bytes of a process that are not pages of files."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    return 0  # the process has ended
+
+
+def write_two_gigabytes(folder: Path) -> dict[str, torch.Tensor]:
+    """One .bin whose every number differs from every other, so that no permutation goes unseen; 1.6 GB in one tensor."""
+    config = OpenLlamaConfig(vocab_size=100_000, hidden_size=4096, intermediate_size=4096, num_hidden_layers=1)
+    shapes = expected_shapes(config)
+    count = sum(torch.Size(shape).numel() for shape in shapes.values())
+    numbers = (
+        torch.arange(count, dtype=torch.int32)
+        .view(torch.float32)
+        .split([torch.Size(s).numel() for s in shapes.values()])
+    )
+    tensors = {name: part.clone().view(shape) for (name, shape), part in zip(shapes.items(), numbers, strict=True)}
+    write_checkpoint(folder, tensors, config)
+    return tensors
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
+def test_two_gigabytes_in_one_file_under_one_of_memory(tmp_path: Path) -> None:
+    write_two_gigabytes(tmp_path / "source")
+    for dtype in ("", "bfloat16"):
+        child = subprocess.Popen(
+            [sys.executable, "-c", CHILD, str(tmp_path / "source"), str(tmp_path / f"native{dtype}"), dtype],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert child.stdin is not None
+        assert child.stdout is not None
+        assert child.stdout.readline() == "torch is imported\n"
+        before = peak = anonymous_memory(child.pid)
+        child.stdin.write("\n")
+        child.stdin.flush()
+        while child.poll() is None:
+            peak = max(peak, anonymous_memory(child.pid))
+            time.sleep(0.002)
+        assert child.returncode == 0
+        assert (tmp_path / "source" / "pytorch_model.bin").stat().st_size > 2e9
+        print(f"peak {(peak - before) / 1e6:.0f} MB above {before / 1e6:.0f} MB")
+        assert 1e6 < peak - before < 1e9
+    original = open_file(tmp_path / "source" / "pytorch_model.bin")
+    written = open_file(tmp_path / "native" / "model.safetensors")
+    assert original.keys() == written.keys()
+    assert all(torch.equal(written[name].view(torch.int32), original[name].view(torch.int32)) for name in original)
