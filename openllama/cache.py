@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from openllama.config import OpenLlamaConfig
 from openllama.errors import InputError
@@ -47,7 +48,17 @@ class GrowingCache(tuple[KeyValue, ...]):
 
     def crop(self, length: int) -> GrowingCache:
         """The first ``length`` tokens."""
+        _check_length(length)
         return GrowingCache((key[:, :, :length], value[:, :, :length]) for key, value in self)
+
+
+pytree.register_pytree_node(  # torch.export looks inside it
+    GrowingCache,
+    lambda cache: (list(cache), None),
+    lambda layers, context: GrowingCache(layers),
+    serialized_type_name="openllama.GrowingCache",
+    flatten_with_keys_fn=lambda cache: ([(pytree.SequenceKey(i), layer) for i, layer in enumerate(cache)], None),
+)
 
 
 class PreallocatedCache:
@@ -117,8 +128,14 @@ class PreallocatedCache:
 
     def crop(self, length: int) -> PreallocatedCache:
         """Forget all but the first ``length`` tokens."""
+        _check_length(length)
         self._length = min(self._length, length)
         return self
+
+
+def _check_length(length: int) -> None:
+    if length < 0:
+        raise InputError(f"a cache cannot be cropped to {length} tokens")
 
 
 Cache: TypeAlias = GrowingCache | PreallocatedCache

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from openllama.cache import Cache
@@ -67,3 +68,7 @@ class SequenceClassifierOutput(ModelOutput):
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+
+
+for _output in (BaseModelOutput, CausalLMOutput, SequenceClassifierOutput):  # torch.export looks inside them
+    torch.export.register_dataclass(_output, serialized_type_name=f"openllama.{_output.__name__}")

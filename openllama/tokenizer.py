@@ -296,7 +296,7 @@ class OpenLlamaTokenizer:
         flags = {str(token): token for token in self._special_tokens() if isinstance(token, AddedToken)}
         for i, part in enumerate(parts):  # sees what the turns before it changed
             if part in self._uncut:
-                token = flags.get(part, AddedToken(part))
+                token = flags.get(part, AddedToken(part, lstrip=True, rstrip=True))
                 if token.rstrip and i + 1 < len(parts):
                     parts[i + 1] = parts[i + 1].lstrip()
                 if token.lstrip and i > 0:
@@ -315,7 +315,7 @@ class OpenLlamaTokenizer:
     def _plain_ids(self, text: str) -> list[int]:
         """Ids of a text, no special one among them: what sentencepiece itself takes for one is spelt in bytes."""
         ids = self.sp.encode(text if self.legacy else text.replace(SPACE, " "), out_type=int)
-        special = {*self.all_special_ids, self.pad_token_id} - {self.sp.unk_id()}
+        special = {*self.all_special_ids} - {self.sp.unk_id()}
         spelt = {n: self.sp.id_to_piece(n).replace(SPACE, " ").encode() for n in special.intersection(ids)}
         byte_ids = {n: [self.sp.piece_to_id(f"<0x{byte:02X}>") for byte in text] for n, text in spelt.items()}
         return [part for n in ids for part in byte_ids.get(n, [n])]

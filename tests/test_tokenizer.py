@@ -202,6 +202,8 @@ def test_added_tokens_get_the_next_ids_and_are_never_split(tokenizer: OpenLlamaT
     assert tokenizer.convert_tokens_to_ids(["<a>", "<ab>", "<|sep|>"]) == [size, size + 1, size + 2]
     assert tokenizer.convert_ids_to_tokens([size, size + 1, size + 2]) == ["<a>", "<ab>", "<|sep|>"]
     assert tokenizer.tokenize("<ab><a><|sep|>") == ["<ab>", "<a>", "<|sep|>"]
+    tokenizer.add_tokens(["<x", "<xyz", "<xy"])
+    assert tokenizer.tokenize("<xyz<xy<x") == ["<xyz", "<xy", "<x"]
     assert size + 2 in tokenizer.all_special_ids
 
 
@@ -253,6 +255,12 @@ def test_characters_of_several_bytes_come_whole_with_their_last_byte(llama_like:
     assert [stream.push(n) for n in ids][-7:] == ["", "", "龘", "", "", "", "😀"]
     assert [stream.push(n) for n in ids[-4:-1]] == ["", "", ""]
     assert stream.finish() == "\ufffd" * 3
+
+
+def test_half_a_character_is_given_up_as_soon_as_a_letter_follows(llama_like: OpenLlamaTokenizer) -> None:
+    first, letter, second = llama_like.convert_tokens_to_ids(["<0xE9>", "e", "<0xBE>"])
+    stream = StreamDecoder(llama_like)
+    assert [stream.push(n) for n in (first, letter, second)] == ["", "\ufffde", "\ufffd"]
 
 
 # ---------------------------------------------------------------------- files

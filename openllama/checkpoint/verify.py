@@ -12,7 +12,7 @@ from torch import Tensor
 
 from openllama.checkpoint.names import Weights, select
 from openllama.checkpoint.reader import Checkpoint, open_checkpoint
-from openllama.checkpoint.writer import pieces, same_bits
+from openllama.checkpoint.writer import is_copy, pieces
 from openllama.config import OpenLlamaConfig
 from openllama.errors import CheckpointError, CorruptCheckpointError, KeyMismatchError
 
@@ -126,23 +126,10 @@ def _compare(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], path: obj
         raise KeyMismatchError(
             f"only one of {path} and {against} holds {', '.join(sorted(mine.keys() ^ theirs.keys()))}"
         )
-    different = [name for name in mine if not _equal(mine[name], theirs[name])]
+    different = [name for name in mine if not is_copy(mine[name], theirs[name])]
     if different:
         raise CheckpointError(f"{path} and {against} differ in {', '.join(different)}")
     cast = sorted(
         {str(mine[name].dtype).removeprefix("torch.") for name in mine if mine[name].dtype != theirs[name].dtype}
     )
     return ", ".join(cast) or None
-
-
-def _equal(mine: Tensor, theirs: Tensor) -> bool:
-    """The same shape, and the same bits once ``theirs`` is cast, piece by piece."""
-    if mine.shape != theirs.shape:
-        return False
-    start = 0
-    for piece in pieces(mine):
-        other = theirs[start : start + len(piece)].to(piece.dtype).contiguous()
-        if not same_bits(piece, other):
-            return False
-        start += len(piece)
-    return True

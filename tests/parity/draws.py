@@ -8,6 +8,7 @@ seeded generators, so that a falsifying example is a few integers.
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -104,7 +105,7 @@ def chunkings(draw: st.DrawFn, length: int) -> list[int]:
     """Positive numbers that add up to ``length``, one-token chunks among them."""
     cuts = draw(st.sets(st.integers(1, length - 1))) if length > 1 else set()
     edges = [0, *sorted(cuts), length]
-    return [end - start for start, end in zip(edges, edges[1:], strict=False)]
+    return [end - start for start, end in pairwise(edges)]
 
 
 def length_of(batch: Batch) -> int:

@@ -120,10 +120,10 @@ def test_every_value_and_gradient_is_hf_s(
         config = dataclasses.replace(config, use_memory_efficient_attention=False)
     batch = data.draw(batches(config))
     hf = hf_model(config, seed).train(training)
+    ours, einsum = our_twin(hf, config).train(training), with_einsum_head(our_twin(hf, config))
     theirs = everything(hf, batch)
-    assert_equal(everything(our_twin(hf, config).train(training), batch), theirs, hf)
-    if config.shared_input_output_embedding:
-        assert differences(everything(with_einsum_head(our_twin(hf, config)), batch), theirs) == []
+    assert_equal(everything(ours, batch), theirs, hf)
+    assert differences(everything(einsum, batch), theirs) == []
     nan = [name for name, value in theirs.items() if value.isnan().any()]
     assert nan == (["loss"] if length_of(batch) == 1 else [])
     compared["models, one pass: all values and gradients"] += 1
@@ -231,13 +231,9 @@ def same_structure(ours: Any, theirs: Any, exact: bool) -> bool:
     return not differ(ours, theirs) if exact else torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
-flag = st.sampled_from((None, True, False))
-flags = st.fixed_dictionaries(
-    {name: flag for name in ("use_cache", "output_attentions", "output_hidden_states", "return_dict")}
-)
-config_flags = st.fixed_dictionaries(
-    {name: st.booleans() for name in ("use_cache", "output_attentions", "output_hidden_states", "return_dict")}
-)
+FLAGS = ("use_cache", "output_attentions", "output_hidden_states", "return_dict")
+flags = st.fixed_dictionaries(dict.fromkeys(FLAGS, st.sampled_from((None, True, False))))
+config_flags = st.fixed_dictionaries(dict.fromkeys(FLAGS, st.booleans()))
 
 
 @examples(60)
@@ -380,7 +376,7 @@ def test_what_hf_refuses_as_rope_scaling_we_refuse(scaling: Any) -> None:
 def test_the_draws_reach_every_option_and_no_model_is_degenerate() -> None:
     seen: Counter[str] = Counter()
 
-    @settings(max_examples=150)
+    @settings(max_examples=200)
     @given(data=st.data(), config=configs(**no_dropout), seed=seeds)
     def collect(data: st.DataObject, config: OpenLlamaConfig, seed: int) -> None:
         batch = data.draw(batches(config))
@@ -426,7 +422,7 @@ def test_the_draws_reach_every_option_and_no_model_is_degenerate() -> None:
         *(f"{what} {yes}" for what in ("stable", "embedded", "positions", "empty rows") for yes in (True, False)),
         *(f"{what} {yes}" for what in ("beyond the context", "one token", "one row") for yes in (True, False)),
     ]
-    assert [option for option in options if seen[option] < 3] == []
+    assert [option for option in options if not seen[option]] == []
     assert seen["long enough"] >= 50
     assert seen["attention depends on the tokens"] >= 0.8 * seen["long enough"]
     assert seen["predictions vary"] >= 0.7 * seen["long enough"]
@@ -450,7 +446,7 @@ def test_the_last_bit_of_one_number_of_a_weight_is_noticed(name: str) -> None:
     hf = hf_model(SMALL, seed=1)
     ours = our_twin(hf, SMALL)
     weight = dict(ours.named_parameters())[name].data.view(-1)
-    at = 40 if "tokens" in name else 0  # of token 2: row 0 is padding
+    at = weight.abs().argmax()
     weight[at] = weight[at].nextafter(torch.tensor(torch.inf))
     assert differences(everything(ours, SMALL_BATCH), everything(hf, SMALL_BATCH)) != []
 
@@ -511,6 +507,7 @@ def test_arithmetic_that_is_only_nearly_hf_s_is_noticed(mutation: str, monkeypat
     @settings(max_examples=100)
     @given(data=st.data(), config=configs(**no_dropout, shared_input_output_embedding=False), seed=seeds)
     def compare(data: st.DataObject, config: OpenLlamaConfig, seed: int) -> None:
+        config = dataclasses.replace(config, hidden_act="gelu_new")
         batch = data.draw(batches(config))
         if not any(noticed):
             hf = hf_model(config, seed)

@@ -25,6 +25,7 @@ from tests.sentencepieces import (
 
 LlamaTokenizer = transformers.LlamaTokenizer
 Pair = tuple[Any, OpenLlamaTokenizer]
+EXAMPLES = settings().max_examples  # of the profile; each of the many pairs gets a part of them
 
 
 def token(content: str, **flags: bool) -> dict[str, Any]:
@@ -76,7 +77,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def variant_folder(folder: Path, model: str, variant: str) -> Path:
     if model == "tiny":
         if not (TINY_CHECKPOINT / "tokenizer.model").is_file():
-            pytest.skip(f"no tokenizer in {TINY_CHECKPOINT.name} yet")
+            pytest.skip(f"no tokenizer in checkpoints/{TINY_CHECKPOINT.name}")
         return TINY_CHECKPOINT
     files = dict(VARIANTS[variant])
     if "added_tokens" in files:
@@ -124,13 +125,13 @@ def assert_same_settings(hf: Any, ours: OpenLlamaTokenizer) -> None:
         assert (ours.pad_token, ours.pad_token_id) == (hf.pad_token, hf.pad_token_id)
 
 
-@settings(max_examples=30)
+@settings(max_examples=EXAMPLES * 3 // 10)
 @given(text=texts)
 def test_any_text_has_the_same_ids_and_comes_back_the_same(pair: Pair, text: str) -> None:
     assert_same(pair, text)
 
 
-@settings(max_examples=30)
+@settings(max_examples=EXAMPLES * 3 // 10)
 @given(data=st.data())
 def test_any_ids_give_the_same_text(pair: Pair, data: st.DataObject) -> None:
     hf, ours = pair
@@ -148,7 +149,7 @@ def test_any_ids_give_the_same_text(pair: Pair, data: st.DataObject) -> None:
     compared["tokenizer texts"] += 1
 
 
-@settings(max_examples=10)
+@settings(max_examples=EXAMPLES // 10)
 @given(tokens=st.lists(texts, max_size=5))
 def test_any_strings_convert_as_tokens_the_same(pair: Pair, tokens: list[str]) -> None:
     hf, ours = pair
@@ -164,7 +165,7 @@ def test_settings_vocabulary_and_special_tokens_are_the_same(pair: Pair) -> None
 
 @pytest.mark.filterwarnings("ignore:`max_length` is ignored")
 @pytest.mark.parametrize("model", ["v1-like", "llama-like", "tiny"])
-@settings(max_examples=50)
+@settings(max_examples=EXAMPLES // 2)
 @given(data=st.data())
 def test_batches_are_padded_and_cut_the_same(
     tmp_path_factory: pytest.TempPathFactory, model: str, data: st.DataObject

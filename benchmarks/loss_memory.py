@@ -1,0 +1,208 @@
+"""Peak memory of one training step: ``model.loss`` against current transformers' Llama on the folded weights.
+
+    python benchmarks/loss_memory.py --peer-python PEER_VENV/bin/python
+
+Each model takes its step (forward and backward) in a fresh process of its own and the kernel says how
+much memory was resident at most. Folded: an Open-Llama with stable and shared embeddings is a plain
+Llama whose input table is LayerNorm(E) and whose head is E. Both get the same random weights and ids,
+so their losses must agree; where they do not, the comparison is refused. Dropout is off: Llama has none.
+
+The peer's interpreter needs torch (of the same version) and transformers 5, nothing of this package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+MIB = 2**20
+SHAPE = {  # aerner/lm-v2: 880 M parameters
+    "vocab_size": 100000,
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 32,
+}
+DTYPES = ("bfloat16", "float16", "float32")
+TOLERANCE = 0.02  # of the two losses, about ln(vocab_size); half precision rounds the folded table
+
+
+def main() -> int:
+    options = _options()
+    if options.measure:
+        print(json.dumps(measure(options)))
+        return 0
+    peer = Path(options.peer_python)
+    if problem := _missing(peer):
+        print(f"loss_memory.py: {problem}", file=sys.stderr)
+        return 1
+    rows = {"openllama": _in_fresh_process(sys.executable, "ours"), "transformers": _in_fresh_process(peer, "peer")}
+    print(_report(rows, options))
+    ours, theirs = (row["loss"] for row in rows.values())
+    if abs(ours - theirs) > TOLERANCE:
+        print(f"loss_memory.py: the losses {ours} and {theirs} differ: not the same model", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer-python", help="interpreter that has transformers 5 and the same torch")
+    for name, value in SHAPE.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+    parser.add_argument("--tokens", type=int, default=2048, help="length of the one row (default: %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--measure", choices=("ours", "peer"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if not (options.peer_python or options.measure):
+        parser.error("--peer-python is needed: the interpreter of a virtual environment with transformers 5")
+    return options
+
+
+def _missing(peer: Path) -> str | None:
+    """What keeps the comparison from running, None if nothing."""
+    if not Path("/proc/self/clear_refs").exists():
+        return "peak memory is read from /proc, which this system does not have; run it on Linux"
+    if not peer.is_file():
+        return f"--peer-python {peer}: no such file"
+    code = "import torch, transformers; print(torch.__version__, transformers.__version__)"
+    found = subprocess.run([peer, "-c", code], capture_output=True, text=True)
+    if found.returncode:
+        return f"{peer} lacks what is needed ({found.stderr.strip().splitlines()[-1]}); install torch and transformers"
+    torch_version, version = found.stdout.split()
+    if int(version.split(".")[0]) < 5:
+        return f"{peer} has transformers {version}; needed is version 5"
+    import torch
+
+    if torch_version != torch.__version__:
+        return f"{peer} has torch {torch_version}, this interpreter {torch.__version__}; they must be the same"
+    return None
+
+
+def _in_fresh_process(python: str | Path, which: str) -> dict[str, Any]:
+    command = [python, __file__, *sys.argv[1:], "--measure", which]
+    environment = {**os.environ, "PYTHONPATH": "" if which == "peer" else os.environ.get("PYTHONPATH", "")}
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """One training step in this process: bytes, seconds and the loss."""
+    import torch
+
+    torch.set_num_threads(options.threads)
+    torch.set_default_dtype(getattr(torch, options.dtype))
+    shape = {name: getattr(options, name) for name in SHAPE} | {"max_position_embeddings": options.tokens}
+    model, loss_of, version = (_ours if options.measure == "ours" else _peer)(shape)
+    model.train()
+    ids = torch.randint(options.vocab_size, (1, options.tokens), generator=torch.Generator().manual_seed(1))
+
+    loss_of(ids[:, :8]).backward()  # threads and kernels are set up once, outside the measurement
+    model.zero_grad(set_to_none=True)
+    gc.collect()
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    start = time.perf_counter()
+    loss = loss_of(ids)
+    loss.backward()
+    seconds = time.perf_counter() - start
+    return {
+        "version": version,
+        "torch": torch.__version__,
+        "parameters": sum(p.nbytes for p in model.parameters()),
+        "gradients": sum(p.grad.nbytes for p in model.parameters()),
+        "before": before,
+        "peak": _status("VmHWM"),
+        "seconds": seconds,
+        "loss": loss.item(),
+    }
+
+
+def _status(field: str) -> int:
+    """Bytes of a field of /proc/self/status: VmRSS is resident now, VmHWM was at most."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def _ours(shape: dict[str, int]) -> tuple[Any, Any, str]:
+    import openllama
+
+    config = openllama.OpenLlamaConfig(**shape, hidden_dropout_prob=0.0, attention_dropout_prob=0.0)
+    model = openllama.OpenLlamaForCausalLM(config)
+    body = model.model
+    _draw([body.embedding.tokens, *_linears(body.layers, "attention")])
+    return model, lambda ids: model.loss(ids, ids), f"openllama {openllama.__version__}"
+
+
+def _peer(shape: dict[str, int]) -> tuple[Any, Any, str]:
+    import torch
+    import transformers
+
+    config = transformers.LlamaConfig(**shape, rms_norm_eps=1e-6, tie_word_embeddings=False)
+    model = transformers.LlamaForCausalLM(config)
+    _draw([model.lm_head, *_linears(model.model.layers, "self_attn")])
+    with torch.no_grad():
+        table = torch.nn.functional.layer_norm(model.lm_head.weight, (config.hidden_size,), eps=1e-5)
+        model.model.embed_tokens.weight.copy_(table)
+    version = f"transformers {transformers.__version__}"
+    return model, lambda ids: model(ids, labels=ids, use_cache=False).loss, version
+
+
+def _linears(layers: Any, attention: str) -> list[Any]:
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    return [
+        linear
+        for layer in layers
+        for linear in (
+            *(getattr(getattr(layer, attention), name) for name in names),
+            layer.mlp.gate_proj,
+            layer.mlp.up_proj,
+            layer.mlp.down_proj,
+        )
+    ]
+
+
+def _draw(modules: list[Any]) -> None:
+    """The same weights for both models: theirs in the same order from the same seed."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    for module in modules:
+        torch.nn.init.normal_(module.weight, std=0.02, generator=generator)
+
+
+def _report(rows: dict[str, dict[str, Any]], options: argparse.Namespace) -> str:
+    """A table in Markdown, all sizes in MiB."""
+    shape = ", ".join(f"{name} {getattr(options, name)}" for name in SHAPE)
+    lines = [
+        f"{shape}; {options.dtype}, 1 x {options.tokens} tokens, forward and backward, {options.threads} threads, "
+        f"torch {rows['openllama']['torch']}",
+        "",
+        "| MiB | parameters | gradients | before | peak | peak - parameters - gradients | peak - before - gradients "
+        "| seconds | loss |",
+        "| --- " * 9 + "|",
+    ]
+    for row in rows.values():
+        row["rest"] = row["peak"] - row["parameters"] - row["gradients"]
+        row["step"] = row["peak"] - row["before"] - row["gradients"]
+        sizes = [row[name] / MIB for name in ("parameters", "gradients", "before", "peak", "rest", "step")]
+        figures = " | ".join(f"{size:.0f}" for size in sizes)
+        lines.append(f"| {row['version']} | {figures} | {row['seconds']:.1f} | {row['loss']:.4f} |")
+    ours, theirs = rows.values()
+    ratios = [f"{ours[name] / theirs[name]:.2f}" for name in ("rest", "step")]
+    lines.append(f"| ratio | | | | {ours['peak'] / theirs['peak']:.2f} | {ratios[0]} | {ratios[1]} | | |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,282 @@
+"""The configuration: what it accepts, what it refuses and says, and that nothing is lost on disk."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from openllama import OpenLlamaConfig
+from openllama.config import ACTIVATIONS
+from openllama.errors import CheckpointNotFoundError, ConfigError
+from tests.draw import examples
+from tests.parity.draws import configs
+from tests.tiny import tiny_config
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "rms_norm_eps": 1e-6,
+}
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+unknown_keys = st.text(min_size=1, max_size=8).map("x_{}".format)
+
+
+@examples(60)
+@given(config=configs(), extra=st.dictionaries(unknown_keys, json_values, max_size=3))
+def test_nothing_is_lost_in_a_dict_in_json_in_a_pickle_or_in_a_copy(
+    config: OpenLlamaConfig, extra: dict[str, Any]
+) -> None:
+    config = dataclasses.replace(config, extra=extra)
+    assert OpenLlamaConfig.from_dict(config.to_dict()) == config
+    assert OpenLlamaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert copy.deepcopy(config) == config
+
+
+@examples(15)
+@given(config=configs(), extra=st.dictionaries(unknown_keys, json_values, max_size=3))
+def test_nothing_is_lost_in_a_folder(config: OpenLlamaConfig, extra: dict[str, Any], tmp_path: Path) -> None:
+    config = dataclasses.replace(config, extra=extra)
+    config.save_pretrained(tmp_path / "new" / "folder")
+    assert OpenLlamaConfig.from_pretrained(tmp_path / "new" / "folder") == config
+    assert OpenLlamaConfig.from_pretrained(str(tmp_path / "new" / "folder" / "config.json")) == config
+
+
+def test_what_to_dict_gives_can_be_changed_without_changing_the_config() -> None:
+    config = tiny_config(rope_scaling={"type": "linear", "factor": 2.0}, eos_token_id=[1, 2], extra={"a": {"b": 1}})
+    values = config.to_dict()
+    values["rope_scaling"]["factor"] = 3.0
+    values["eos_token_id"].append(3)
+    values["a"]["b"] = 2
+    assert config == tiny_config(
+        rope_scaling={"type": "linear", "factor": 2.0}, eos_token_id=[1, 2], extra={"a": {"b": 1}}
+    )
+
+
+def test_keys_it_does_not_know_are_kept_and_written_back() -> None:
+    config = OpenLlamaConfig.from_dict(
+        {"hidden_size": 64, "transformers_version": "4.28.0.dev0", "torch_dtype": "float16"}
+    )
+    assert config.extra == {"transformers_version": "4.28.0.dev0", "torch_dtype": "float16"}
+    assert config.to_dict()["transformers_version"] == "4.28.0.dev0"
+    assert config.to_dict()["model_type"] == "open-llama"
+    assert "extra" not in config.to_dict()
+
+
+def test_overrides_replace_fields_and_nothing_else(tmp_path: Path) -> None:
+    tiny_config().save_pretrained(tmp_path)
+    assert OpenLlamaConfig.from_pretrained(tmp_path, pad_token_id=3, num_labels=5) == tiny_config(
+        pad_token_id=3, num_labels=5
+    )
+    with pytest.raises(ConfigError, match="pad_id, paddington: not a field"):
+        OpenLlamaConfig.from_pretrained(tmp_path, paddington=3, pad_id=1)
+
+
+@pytest.mark.parametrize("misspelt", [True, False])
+def test_the_misspelt_key_of_early_checkpoints_wins_and_is_written_correctly(misspelt: bool) -> None:
+    config = OpenLlamaConfig.from_dict(
+        {"use_memorry_efficient_attention": misspelt, "use_memory_efficient_attention": not misspelt}
+    )
+    assert config.use_memory_efficient_attention is misspelt
+    assert config.to_dict()["use_memory_efficient_attention"] is misspelt
+    assert "use_memorry_efficient_attention" not in config.to_dict()
+
+
+def test_labels_by_name_are_counted_unless_their_number_is_given() -> None:
+    names = {"0": "bad", "1": "so so", "2": "good"}
+    assert OpenLlamaConfig.from_dict({"id2label": names}).num_labels == 3
+    assert OpenLlamaConfig.from_dict({"id2label": names}).to_dict()["id2label"] == names
+    assert OpenLlamaConfig.from_dict({"id2label": names, "num_labels": 4}).num_labels == 4
+    assert OpenLlamaConfig.from_dict({"id2label": None}).num_labels == 2
+
+
+@pytest.mark.parametrize(
+    ("pad_token_id", "row"), [(None, None), (0, 0), (22, 22), (-1, 22), (-23, 0)]
+)  # of a vocabulary of 23
+def test_a_negative_padding_id_counts_from_the_end_and_is_kept_as_given(pad_token_id: int | None, row: int) -> None:
+    config = tiny_config(pad_token_id=pad_token_id)
+    assert config.padding_idx == row
+    assert config.to_dict()["pad_token_id"] == pad_token_id
+
+
+def test_an_integer_scaling_factor_becomes_a_float() -> None:
+    scaling = {"type": "dynamic", "factor": 2}
+    assert tiny_config(rope_scaling=scaling).rope_scaling == {"type": "dynamic", "factor": 2.0}
+    assert isinstance(tiny_config(rope_scaling=scaling).rope_scaling["factor"], float)
+    assert scaling == {"type": "dynamic", "factor": 2}
+
+
+def test_head_dim_is_the_width_of_one_head() -> None:
+    assert OpenLlamaConfig().head_dim == 128
+
+
+IMPOSSIBLE: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    *(
+        ({name: value}, (name, repr(value)))
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "num_labels")
+        for value in (0, -1, 1.5, "8", None, True)
+    ),
+    ({"hidden_size": 100, "num_attention_heads": 3}, ("hidden_size 100", "num_attention_heads 3")),
+    ({"hidden_size": 12, "num_attention_heads": 4}, ("12", "4", "3 dimensions", "even")),
+    ({"vocab_size": 10, "pad_token_id": 10}, ("pad_token_id 10", "vocabulary of 10")),
+    ({"vocab_size": 10, "pad_token_id": -11}, ("pad_token_id -11", "vocabulary of 10")),
+    ({"pad_token_id": "0"}, ("pad_token_id", "'0'")),
+    ({"hidden_act": "swiglu"}, ("'swiglu'", *ACTIVATIONS)),
+    ({"problem_type": "ranking"}, ("'ranking'", "regression", "single_label_classification")),
+    *(
+        ({name: value}, (name, "[0, 1]", repr(value)))
+        for name in ("hidden_dropout_prob", "attention_dropout_prob")
+        for value in (-0.1, 1.1, float("nan"), None, "0.1")
+    ),
+    *(
+        ({name: value}, (name, repr(value)))
+        for name in ("initializer_range", "rms_norm_eps")
+        for value in (-1e-6, float("nan"), float("inf"), None, "1e-6")
+    ),
+    *(
+        ({name: value}, (name, "true or false", repr(value)))
+        for name in ("use_stable_embedding", "shared_input_output_embedding", "use_cache", "tie_word_embeddings")
+        for value in ("false", None, 1)
+    ),
+    ({"rope_scaling": {"type": "linear"}}, ("factor", "{'type': 'linear'}")),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0, "x": 1}}, ("'x': 1",)),
+    ({"rope_scaling": "linear"}, ("'linear'", "factor")),
+    ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, ("'yarn'", "linear", "dynamic")),
+    *(
+        ({"rope_scaling": {"type": "linear", "factor": factor}}, ("above 1", repr(factor)))
+        for factor in (1.0, 0.5, "2", None, True, float("inf"), float("nan"))
+    ),
+    (
+        {"hidden_size": 4, "num_attention_heads": 2, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        ("dynamic", "2 dimensions"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "said"), IMPOSSIBLE, ids=lambda value: str(value)[:60])
+def test_an_impossible_field_is_refused_by_name_and_value(fields: dict[str, Any], said: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        OpenLlamaConfig(**fields)
+    assert [part for part in said if part not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "rope_scaling", "no_such_field"])
+def test_assigning_says_how_to_do_it_right(name: str) -> None:
+    config = tiny_config()
+    with pytest.raises(dataclasses.FrozenInstanceError) as caught:
+        setattr(config, name, 64)
+    assert f"dataclasses.replace(model.config, {name}=64)" in str(caught.value)
+    assert config == tiny_config()
+
+
+def test_fields_are_given_by_name() -> None:
+    with pytest.raises(TypeError):
+        OpenLlamaConfig(100)  # type: ignore[misc]
+
+
+# --- plain LLaMA ---
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"num_key_value_heads": 4, "head_dim": 16, "rope_theta": 10000.0, "attention_bias": False, "mlp_bias": False},
+        {"num_key_value_heads": None, "head_dim": None, "rope_theta": 10000, "rope_scaling": None, "pretraining_tp": 1},
+        {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
+    ],
+)
+def test_a_plain_llama_is_an_open_llama_with_both_flags_off(more: dict[str, Any]) -> None:
+    config = OpenLlamaConfig.from_dict({**LLAMA, **more})
+    assert not config.use_stable_embedding
+    assert not config.shared_input_output_embedding
+    assert config.hidden_dropout_prob == config.attention_dropout_prob == 0.0
+    assert config.pad_token_id is None  # LLaMA has no padding row, whatever Open-Llama's default
+    assert config.hidden_size == 64
+    assert OpenLlamaConfig.from_dict(config.to_dict()) == config
+
+
+def test_a_llama_keeps_its_scaling_its_dropout_and_llama_s_own_defaults() -> None:
+    scaling = {"type": "linear", "factor": 2.0}
+    config = OpenLlamaConfig.from_dict({**LLAMA, "rope_scaling": scaling, "attention_dropout": 0.1, "pad_token_id": 0})
+    assert (config.rope_scaling, config.attention_dropout_prob, config.pad_token_id) == (scaling, 0.1, 0)
+    assert OpenLlamaConfig.from_dict({"model_type": "llama"}).vocab_size == 32000
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"num_key_value_heads": 2}, ("num_key_value_heads 2", "4")),
+        ({"head_dim": 32}, ("head_dim 32", "16")),
+        ({"rope_theta": 500000.0}, ("rope_theta 500000.0", "10000.0")),
+        ({"rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}}, ("rope_theta 500000.0", "10000.0")),
+        ({"rope_parameters": {"rope_theta": 10000.0, "rope_type": "llama3"}}, ("rope_type 'llama3'", "'default'")),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ("rope_scaling", "llama3")),
+        ({"attention_bias": True}, ("attention_bias True", "False")),
+        ({"mlp_bias": True}, ("mlp_bias True", "False")),
+        ({"num_attention_heads": 0}, ("num_attention_heads 0", "64")),
+        ({"hidden_size": "64"}, ("'64'",)),
+    ],
+)
+def test_a_llama_of_another_architecture_is_refused(more: dict[str, Any], said: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        OpenLlamaConfig.from_dict({**LLAMA, **more})
+    assert [part for part in said if part not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "gpt2", "", None, 3])
+def test_another_model_type_is_refused(model_type: Any) -> None:
+    with pytest.raises(ConfigError, match=r"model_type .* is not supported.*'open-llama' and 'llama'") as caught:
+        OpenLlamaConfig.from_dict({"model_type": model_type})
+    assert repr(model_type) in str(caught.value)
+
+
+# --- files ---
+
+
+def test_a_folder_without_config_json_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointNotFoundError, match=r"config\.json") as caught:
+        OpenLlamaConfig.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert isinstance(caught.value, FileNotFoundError)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "not valid JSON"),
+        ("", "not valid JSON"),
+        ("[1]", "holds a list"),
+        ('{"hidden_size": 100, "num_attention_heads": 3}', "hidden_size 100"),
+        ('{"model_type": "bert"}', "'bert'"),
+    ],
+)
+def test_a_broken_config_json_is_named_with_its_fault(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        OpenLlamaConfig.from_pretrained(tmp_path)
+    assert str(path) in str(caught.value)
+    assert said in str(caught.value)
+
+
+def test_a_config_json_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        OpenLlamaConfig.from_pretrained(tmp_path)

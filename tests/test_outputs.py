@@ -1,0 +1,67 @@
+"""Outputs by name, by key and by position, as transformers' outputs are used."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+
+import pytest
+import torch
+
+from openllama import OpenLlamaModel
+from openllama.outputs import BaseModelOutput, CausalLMOutput, SequenceClassifierOutput
+from tests.tiny import tiny_ids, tiny_model
+
+LOSS, LOGITS, STATES = torch.tensor(1.0), torch.zeros(1, 2, 3), (torch.ones(1, 2, 4),)
+
+
+def test_positions_count_only_what_is_set() -> None:
+    with_loss = CausalLMOutput(loss=LOSS, logits=LOGITS, hidden_states=STATES)
+    assert with_loss[0] is LOSS
+    assert with_loss[1] is LOGITS
+    assert with_loss[2] is with_loss[-1] is STATES
+    assert with_loss[:2] == (LOSS, LOGITS)
+    without = CausalLMOutput(logits=LOGITS, hidden_states=STATES)
+    assert without[0] is LOGITS
+    assert without.to_tuple() == (LOGITS, STATES)
+    assert len(without) == 2
+    with pytest.raises(IndexError):
+        without[2]
+
+
+def test_keys_are_the_names_of_what_is_set() -> None:
+    out = CausalLMOutput(logits=LOGITS, hidden_states=STATES)
+    assert list(out) == out.keys() == ["logits", "hidden_states"]
+    assert out["logits"] is out.logits is LOGITS
+    assert "logits" in out
+    assert "loss" not in out
+    assert dict(**out) == {"logits": LOGITS, "hidden_states": STATES}
+
+
+@pytest.mark.parametrize("key", ["loss", "no_such_field", "keys"])
+def test_a_key_that_is_not_set_is_an_error_that_lists_those_that_are(key: str) -> None:
+    with pytest.raises(KeyError, match=rf"{key}.*logits, hidden_states"):
+        CausalLMOutput(logits=LOGITS, hidden_states=STATES)[key]
+
+
+def test_a_loss_of_zero_is_a_loss() -> None:
+    assert CausalLMOutput(loss=torch.tensor(0.0), logits=LOGITS).keys() == ["loss", "logits"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        (BaseModelOutput, ["last_hidden_state", "past_key_values", "hidden_states", "attentions"]),
+        (CausalLMOutput, ["loss", "logits", "past_key_values", "hidden_states", "attentions"]),
+        (SequenceClassifierOutput, ["loss", "logits", "past_key_values", "hidden_states", "attentions"]),
+    ],
+)
+def test_the_order_of_the_fields_is_hf_s(kind: type, names: list[str]) -> None:
+    assert [field.name for field in dataclasses.fields(kind)] == names
+
+
+def test_outputs_of_models_can_be_pickled() -> None:
+    out = tiny_model(OpenLlamaModel)(tiny_ids(), output_hidden_states=True)
+    again = pickle.loads(pickle.dumps(out))
+    assert again.keys() == out.keys()
+    assert torch.equal(again[0], out[0])
