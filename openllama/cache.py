@@ -141,10 +141,16 @@ def _check_length(length: int) -> None:
 Cache: TypeAlias = GrowingCache | PreallocatedCache
 
 
-def as_cache(past: Cache | Sequence[KeyValue] | None, batch: int, config: OpenLlamaConfig, dtype: torch.dtype) -> Cache:
+def as_cache(
+    past: Cache | Sequence[KeyValue] | None,
+    batch: int,
+    config: OpenLlamaConfig,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+) -> Cache:
     """A cache from what a caller passed: one of ours, HF's tuple of pairs, or nothing.
 
-    Raises ``InputError`` where layers, batch, heads, head size or dtype do not fit the model.
+    Raises ``InputError`` where layers, batch, heads, head size, dtype or device do not fit the model.
     """
     if past is None:
         return GrowingCache(())  # torch.compile cannot build it without an argument
@@ -160,4 +166,6 @@ def as_cache(past: Cache | Sequence[KeyValue] | None, batch: int, config: OpenLl
             )
         if key.dtype != dtype and not torch.is_autocast_enabled(key.device.type):
             raise InputError(f"past_key_values of layer {layer} are {key.dtype}, the model computes in {dtype}")
+        if device is not None and (key.device != device or value.device != device):
+            raise InputError(f"past_key_values of layer {layer} are on {key.device}, the model's input on {device}")
     return cache

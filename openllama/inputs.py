@@ -1,7 +1,7 @@
 """What a forward pass may be given. Values are looked at here and nowhere else.
 
 Looking at values costs a synchronisation on a GPU and is impossible while tracing, so these checks
-step aside under ``torch.compile``, ``torch.export`` and on the meta device; shapes are always checked.
+step aside under ``torch.compile``, ``torch.export``, ``torch.func`` and on the meta device; shapes are always checked.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from openllama.errors import InputError
 
 def can_read_values(tensor: Tensor) -> bool:
     """Whether the numbers in ``tensor`` are there to be read."""
-    return not (tensor.is_meta or torch.compiler.is_compiling())
+    traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return not (tensor.is_meta or traced)
 
 
 def is_integer(tensor: Tensor) -> bool:

@@ -95,7 +95,8 @@ def pack_documents(lengths: Sequence[int], device: torch.device | str | None = N
         1 1 0
         0 0 1
 
-    A document of length n gets the numbers it would get alone. Raises ``InputError``.
+    A document of length n gets the numbers it would get alone (under dynamic RoPE scaling only while all
+    of them fit ``max_position_embeddings``: the base follows the whole length). Raises ``InputError``.
     """
     if not lengths or min(lengths) < 1:
         raise InputError(f"document lengths must be positive, got {list(lengths)}")

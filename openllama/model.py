@@ -241,7 +241,7 @@ class OpenLlamaModel(PretrainedModel):
         """Everything about this call that all layers need, computed once."""
         config = self.config
         batch, length = x.shape[:2]
-        cache = as_cache(past, batch, config, x.dtype)
+        cache = as_cache(past, batch, config, x.dtype, x.device)
         key_length = cache.get_seq_length() + length  # S
         if position_ids is None:
             position_ids = torch.arange(key_length - length, key_length, device=x.device)

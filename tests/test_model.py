@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from openllama import OpenLlamaConfig, OpenLlamaForCausalLM, OpenLlamaModel
+from openllama import OpenLlamaConfig, OpenLlamaModel
 from openllama.errors import InputError
 from openllama.masks import positions_from_mask
 from openllama.model import RMSNorm, StableEmbedding
@@ -454,4 +454,4 @@ def test_autocast_computes_in_low_precision_with_a_cache() -> None:
         again = model(tiny_ids(2, 1), past_key_values=out.past_key_values)
     assert again.past_key_values.get_seq_length() == 8
     torch.testing.assert_close(out.logits.float(), model(tiny_ids()).logits, rtol=0, atol=0.5)
-    assert CONFIG == model.config
+    assert model.config == CONFIG

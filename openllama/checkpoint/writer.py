@@ -23,7 +23,7 @@ from torch import Tensor
 
 from openllama.checkpoint.reader import DTYPES, SAFETENSORS_FILE, SAFETENSORS_INDEX, open_file
 from openllama.config import CONFIG_FILE
-from openllama.errors import CheckpointError, CorruptCheckpointError, DestinationExistsError
+from openllama.errors import CheckpointError, CorruptCheckpointError, DestinationExistsError, InputError
 
 CHUNK = 32 * 2**20  # bytes of a tensor handled at a time
 CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -34,11 +34,11 @@ Tick = Callable[[int], object]  # told of bytes done
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes in "5GB", "500 MiB" or a plain number; raises ``ValueError`` for anything else."""
+    """Bytes in "5GB", "500 MiB" or a plain number; raises ``InputError`` for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?B)?", str(size).strip().upper())
     count = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
     if count < 1:
-        raise ValueError(f"{size!r} is not a size; write 5GB, 500MiB or a number of bytes")
+        raise InputError(f"{size!r} is not a size; write 5GB, 500MiB or a number of bytes")
     return count
 
 
