@@ -14,7 +14,14 @@ cli                 the command line
 from openllama.config import OpenLlamaConfig
 from openllama.heads import OpenLlamaForCausalLM, OpenLlamaForSequenceClassification
 from openllama.model import OpenLlamaModel
+from openllama.tokenizer import OpenLlamaTokenizer
 
 __version__ = "0.1.0"
 
-__all__ = ["OpenLlamaConfig", "OpenLlamaForCausalLM", "OpenLlamaForSequenceClassification", "OpenLlamaModel"]
+__all__ = [
+    "OpenLlamaConfig",
+    "OpenLlamaForCausalLM",
+    "OpenLlamaForSequenceClassification",
+    "OpenLlamaModel",
+    "OpenLlamaTokenizer",
+]

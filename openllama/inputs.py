@@ -1,7 +1,8 @@
 """What a forward pass may be given. Values are looked at here and nowhere else.
 
-Looking at values costs a synchronisation on a GPU and is impossible while tracing, so these checks
-step aside under ``torch.compile``, ``torch.export``, ``torch.func`` and on the meta device; shapes are always checked.
+Looking at values costs a synchronisation on a GPU and is impossible while tracing, so these checks step
+aside under ``torch.compile``, ``torch.export``, ``torch.func`` and on the meta device; shapes are always
+checked.
 """
 
 from __future__ import annotations

@@ -241,6 +241,7 @@ def test_nothing_a_tuple_a_list_and_both_caches_are_accepted() -> None:
         ([(key, value[..., :-1]) for key, value in pairs(4)], ("(2, 2, 4, 11)", "(2, 2, 4, 12)")),
         ([(key[:, :1], value[:, :1]) for key, value in pairs(4)], ("(2, 1, 4, 12)", "(2, 2, 4, 12)")),
         (pairs(4, dtype=torch.float64), ("float64", "float32")),
+        (pairs(4, device="meta"), ("layer 0", "meta", "cpu")),
         (PreallocatedCache(CONFIG, 3, 5), ("(3, 2, 0, 12)", "(2, 2, 0, 12)")),
         (PreallocatedCache(CONFIG, 2, 5, dtype=torch.bfloat16), ("bfloat16", "float32")),
     ],

@@ -1,0 +1,87 @@
+"""A tokenizer's folder: the sentencepiece model, and where there are any HF's three JSON files beside it.
+
+    tokenizer.model          the pieces
+    tokenizer_config.json    {"add_bos_token": false, "model_max_length": 2048, "eos_token": "</s>", ...}
+    special_tokens_map.json  {"eos_token": "</s>", "pad_token": {"content": "<pad>", "lstrip": false, ...}}
+    added_tokens.json        {"<|user|>": 4600}
+
+The second holds settings; where it names special tokens too, the third wins. The fourth holds new tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+
+from openllama.errors import TokenizerError
+from openllama.tokenizer.vocabulary import ROLES
+
+MODEL_FILE = "tokenizer.model"
+CONFIG_FILE = "tokenizer_config.json"
+SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+ADDED_TOKENS_FILE = "added_tokens.json"
+
+#: arguments of the tokenizer, and its attributes, that tokenizer_config.json holds beside the roles
+SETTINGS = ("add_bos_token", "add_eos_token", "clean_up_tokenization_spaces", "legacy", "model_max_length",
+            "padding_side", "truncation_side", "sp_model_kwargs")  # fmt: skip
+#: keys of tokenizer_config.json not carried on: paths of another machine, and what the other two files hold
+DROPPED = ("vocab_file", "tokenizer_file", "special_tokens_map_file", "name_or_path",
+           "special_tokens_map", "added_tokens")  # fmt: skip
+
+
+def load_model(path: Path, options: Mapping[str, Any]) -> tuple[Any, bytes]:
+    """A sentencepiece processor and the bytes of its file."""
+    try:
+        content = path.read_bytes()
+        if not content:
+            raise TokenizerError(f"{path} is empty")
+        return sentencepiece.SentencePieceProcessor(model_proto=content, **options), content
+    except OSError as error:
+        raise TokenizerError(f"{path} cannot be read: {error.strerror}") from error
+    except (RuntimeError, TypeError) as error:
+        raise TokenizerError(f"{path} is not a sentencepiece model: {error}") from error
+
+
+def read_folder(folder: Path) -> dict[str, Any]:
+    """What the JSON files of a folder say, as arguments of ``OpenLlamaTokenizer``."""
+    if not (folder / MODEL_FILE).is_file():
+        raise TokenizerError(f"{folder / MODEL_FILE}: no such file; a tokenizer folder holds a sentencepiece model")
+    config = _read_json(folder / CONFIG_FILE)
+    arguments = {key: config.pop(key) for key in (*SETTINGS, *ROLES) if key in config}
+    return {
+        **arguments,
+        "special_tokens_map": _read_json(folder / SPECIAL_TOKENS_FILE),
+        "added_tokens": _read_json(folder / ADDED_TOKENS_FILE),
+        "extra": {key: value for key, value in config.items() if key not in DROPPED},
+    }
+
+
+def write_folder(folder: Path, model: bytes, config: Any, special_tokens_map: Any, added_tokens: Any) -> None:
+    """Write the model and the three JSON files, none for what is empty."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MODEL_FILE).write_bytes(model)
+    contents = {CONFIG_FILE: config, SPECIAL_TOKENS_FILE: special_tokens_map, ADDED_TOKENS_FILE: added_tokens}
+    for name, content in contents.items():
+        if not content:
+            (folder / name).unlink(missing_ok=True)  # an earlier tokenizer's would be read with this one
+            continue
+        text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, default=dataclasses.asdict)
+        (folder / name).write_text(text + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object a JSON file holds, an empty one where there is no file."""
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise TokenizerError(f"{path} holds a {type(content).__name__}, not a JSON object")
+    return content
