@@ -1,14 +1,26 @@
-"""Open-Llama in plain PyTorch. Reading order, which is also the order of imports:
+"""Open-Llama in plain PyTorch.
 
-config, errors      the numbers that shape a model
-rope, masks, cache  positions, who sees whom, what is remembered
-attention           one formula, three ways to compute it
-model, heads        the decoder, and its projection to the vocabulary
-tokenizer           text to ids and back
-checkpoint          names, files and conversion
-pretrained          what models inherit: loading and saving
-generation          from logits to tokens
-cli                 the command line
+To understand the model read ``config``, ``rope``, ``masks``, ``cache``, ``attention``, ``model`` and ``heads``, in
+this order; for text, ``tokenizer`` and ``generation``. All modules in the order of their imports, none of which goes
+down this list:
+
+errors      everything that can be refused
+config      the numbers that shape a model
+inputs      what a forward pass may be given
+rope        positions
+masks       who sees whom
+cache       what is remembered
+attention   one formula, three ways to compute it
+outputs     what a forward pass returns
+losses      what training minimises
+surgery     fresh weights, and vocabularies of another size
+checkpoint  names, files and conversion
+generation  from logits to tokens
+pretrained  what models inherit: loading and saving
+model       the decoder
+heads       its projection to the vocabulary, or to classes
+tokenizer   text to ids and back
+cli         the command line
 """
 
 from openllama.config import OpenLlamaConfig

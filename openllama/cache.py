@@ -164,8 +164,9 @@ def as_cache(
                 f"past_key_values of layer {layer} have shapes {tuple(key.shape)} and {tuple(value.shape)}, needed is "
                 f"(batch, heads, length, head_dim) = {wanted}"
             )
-        if key.dtype != dtype and not torch.is_autocast_enabled(key.device.type):
-            raise InputError(f"past_key_values of layer {layer} are {key.dtype}, the model computes in {dtype}")
-        if device is not None and (key.device != device or value.device != device):
-            raise InputError(f"past_key_values of layer {layer} are on {key.device}, the model's input on {device}")
+        for part in (key, value):
+            if part.dtype != dtype and not torch.is_autocast_enabled(part.device.type):
+                raise InputError(f"past_key_values of layer {layer} are {part.dtype}, the model computes in {dtype}")
+            if device is not None and part.device != device:
+                raise InputError(f"past_key_values of layer {layer} are on {part.device}, the input on {device}")
     return cache

@@ -14,7 +14,7 @@ from openllama.cache import Cache, KeyValue
 from openllama.config import OpenLlamaConfig
 from openllama.errors import InputError
 from openllama.generation import GenerationConfig
-from openllama.inputs import can_read_values, check_classification_labels, check_labels
+from openllama.inputs import can_read_values, check_classification_labels, check_input_ids, check_labels
 from openllama.losses import causal_lm_loss, chunked_causal_lm_loss, classification_loss
 from openllama.masks import positions_from_mask
 from openllama.model import OpenLlamaModel
@@ -124,7 +124,7 @@ class OpenLlamaForCausalLM(PretrainedModel):
         if logits_to_keep:
             raise InputError(f"a loss needs all logits; pass labels or logits_to_keep={logits_to_keep}, not both")
         given = input_ids if inputs_embeds is None else inputs_embeds
-        if given is not None:
+        if isinstance(given, Tensor):
             check_labels(labels, given.shape[:2], self.config.vocab_size)
 
     def _project(self, hidden: Tensor) -> Tensor:
@@ -207,6 +207,7 @@ class OpenLlamaForSequenceClassification(PretrainedModel):
         """Index of the token that decides, per row (B,)."""
         if input_ids is None or self.config.pad_token_id is None:
             return -1
+        check_input_ids(input_ids, self.config.vocab_size)
         real = input_ids != self.config.pad_token_id
         if can_read_values(real) and not bool(real.any(-1).all()):
             row = int(real.any(-1).int().argmin())

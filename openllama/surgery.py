@@ -35,17 +35,18 @@ def init_weights(model: nn.Module, config: OpenLlamaConfig) -> None:
 def resize_vocabulary(model: PretrainedModel, size: int) -> None:
     """Cut or extend the embedding table and ``lm_head`` to ``size`` rows; new rows are drawn afresh.
 
-    Raises ``InputError`` where a special id of the config would lose its row.
+    The padding row stays what it is: a negative padding id is replaced by the number of its row. Raises
+    ``InputError`` where a special id of the config would lose its row.
     """
     config = model.config
-    if size < 1:
-        raise InputError(f"a vocabulary needs at least one token, got {size}")
+    if not isinstance(size, int) or size < 1:
+        raise InputError(f"the size of a vocabulary must be a positive integer, got {size!r}")
     eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    special = {"pad_token_id": config.pad_token_id, "bos_token_id": config.bos_token_id}
+    special = {"pad_token_id": config.padding_idx, "bos_token_id": config.bos_token_id}
     for name, value in [*special.items(), *(("eos_token_id", one) for one in eos)]:
         if value is not None and value >= size:
             raise InputError(f"a vocabulary of {size} has no row for {name} {value}; change the config first")
-    model.config = config = dataclasses.replace(config, vocab_size=size)
+    model.config = config = dataclasses.replace(config, vocab_size=size, pad_token_id=config.padding_idx)
     old = model.get_input_embeddings()
     table = nn.Embedding(size, config.hidden_size, config.padding_idx, device=old.weight.device, dtype=old.weight.dtype)
     model.base_model.embedding.tokens = _filled(table, old, config)
@@ -57,9 +58,9 @@ def resize_vocabulary(model: PretrainedModel, size: int) -> None:
 
 
 def _filled(new: Table, old: Table, config: OpenLlamaConfig) -> Table:
-    """``new`` with fresh weights, overwritten by as many rows as ``old`` has; frozen if that was."""
+    """``new`` with fresh weights, overwritten by as many rows as ``old`` has; frozen and in training as that was."""
     init_weights(new, config)
     rows = min(len(new.weight), len(old.weight))
     with torch.no_grad():
         new.weight[:rows] = old.weight[:rows]
-    return new.requires_grad_(old.weight.requires_grad)
+    return new.train(old.training).requires_grad_(old.weight.requires_grad)

@@ -55,7 +55,13 @@ def test_a_later_token_never_changes_an_earlier_number(
 
 
 @examples(50)
-@given(config=configs(), seed=seeds, backend=backends, side=st.sampled_from(("left", "right")), pads=st.integers(1, 5))
+@given(
+    config=configs(initializer_range=0.2),
+    seed=seeds,
+    backend=backends,
+    side=st.sampled_from(("left", "right")),
+    pads=st.integers(1, 5),
+)
 @torch.no_grad()
 def test_padding_changes_no_real_token(config: OpenLlamaConfig, seed: int, backend: str, side: str, pads: int) -> None:
     config = dataclasses.replace(config, rope_scaling=None)  # dynamic scaling looks at the length, padding included
@@ -72,7 +78,7 @@ def test_padding_changes_no_real_token(config: OpenLlamaConfig, seed: int, backe
 
 
 @examples(40)
-@given(data=st.data(), config=configs(), seed=seeds, backend=backends)
+@given(data=st.data(), config=configs(initializer_range=0.2), seed=seeds, backend=backends)
 @torch.no_grad()
 def test_chunks_with_a_cache_give_the_whole_prompt(
     data: st.DataObject, config: OpenLlamaConfig, seed: int, backend: str
@@ -92,10 +98,9 @@ def test_chunks_with_a_cache_give_the_whole_prompt(
 
 
 @examples(25)
-@given(config=configs(), seed=seeds, shift=st.integers(1, 40))
+@given(config=configs(initializer_range=0.1), seed=seeds, shift=st.integers(1, 40))
 @torch.no_grad()
 def test_only_distances_between_positions_matter(config: OpenLlamaConfig, seed: int, shift: int) -> None:
-    config = dataclasses.replace(config, initializer_range=0.1)
     model = drawn_model(config, seed, "eager")
     ids = torch.randint(config.vocab_size, (2, 6))
     moved = model(ids, position_ids=torch.arange(shift, shift + 6))[0]
@@ -103,7 +108,7 @@ def test_only_distances_between_positions_matter(config: OpenLlamaConfig, seed: 
 
 
 @examples(25)
-@given(config=configs(), seed=seeds, backend=backends)
+@given(config=configs(initializer_range=0.2), seed=seeds, backend=backends)
 @torch.no_grad()
 def test_rows_do_not_know_of_each_other(config: OpenLlamaConfig, seed: int, backend: str) -> None:
     model = drawn_model(config, seed, backend)

@@ -316,6 +316,25 @@ def test_neither_pass_ever_makes_a_tensor_near_the_size_of_all_logits(head: str,
     assert chunked.largest == vocab * model.config.hidden_size, "the largest is the gradient of the table"
 
 
+def test_between_the_passes_no_logits_are_kept() -> None:
+    vocab, batch, length = 2000, 2, 40
+    model = tiny_model(vocab_size=vocab, num_hidden_layers=1).train()
+    ids = torch.randint(1, vocab, (batch, length))
+
+    def kept(loss_of: Any) -> int:
+        sizes: dict[int, int] = {}
+        known = {p.data_ptr() for p in model.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: sizes.setdefault(t.data_ptr(), t.numel()) and t, lambda t: t
+        ):
+            loss_of()
+        return sum(size for place, size in sizes.items() if place not in known)
+
+    with logits_at_a_time(3 * vocab):
+        chunked = kept(lambda: model.loss(ids, ids))
+    assert chunked < batch * length * vocab / 2 < kept(lambda: model(ids, labels=ids, use_cache=False).loss)
+
+
 def test_the_chunked_loss_takes_what_the_decoder_takes_and_keeps_no_cache() -> None:
     model = tiny_model(attn_implementation="sdpa")
     calls: list[dict[str, Any]] = []

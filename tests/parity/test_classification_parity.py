@@ -19,6 +19,7 @@ from openllama.checkpoint import hf_to_native
 from tests.draw import examples
 from tests.oracle import compared
 from tests.parity.draws import MASK_DTYPES, Batch, configs, hf_model, our_twin, seeds
+from tests.tiny import tiny_config, tiny_ids
 
 KIND = "OpenLlamaForSequenceClassification"
 REGRESSION, SINGLE, MULTI = "regression", "single_label_classification", "multi_label_classification"
@@ -47,7 +48,7 @@ def problems(draw: st.DrawFn, rows: int) -> tuple[dict[str, Any], Tensor]:
 
 @st.composite
 def texts(draw: st.DrawFn, config: OpenLlamaConfig) -> Batch:
-    """Right-padded ids without padding inside, or embeddings; a mask that may agree, and positions."""
+    """Ids padded on the right only, or embeddings; perhaps a mask and positions."""
     length = draw(st.integers(1, 14))
     rows = 1 if config.pad_token_id is None else draw(st.integers(1, 4))  # HF takes no more without padding id
     generator = torch.Generator().manual_seed(draw(seeds))
@@ -103,10 +104,7 @@ def test_logits_loss_and_gradients_of_every_kind_of_problem(
     config = dataclasses.replace(drawn, **fields)
     hf = hf_model(config, seed, KIND)
     ours = our_twin(hf, config)
-    hf_labels = labels
-    if fields["problem_type"] == MULTI and fields["num_labels"] == 1:
-        hf_labels = labels.reshape(rows, 1)
-    theirs = everything(hf, batch, hf_labels)
+    theirs = everything(hf, batch, labels)
     assert_equal(everything(ours, batch, labels), theirs)
     assert ours.config == config
     assert hf.config.problem_type in (REGRESSION, SINGLE, MULTI)
@@ -122,30 +120,22 @@ def test_tuples_and_continued_caches_are_hf_s(
     data: st.DataObject, config: OpenLlamaConfig, seed: int, labelled: bool, cached: bool
 ) -> None:
     batch = data.draw(texts(config))
-    batch.pop("position_ids", None)
-    if "input_ids" in batch and config.pad_token_id is not None:  # the last token of all, in both halves
-        batch["input_ids"] = batch["input_ids"].masked_fill(batch["input_ids"] == config.pad_token_id, 1)
-        batch["input_ids"][batch["input_ids"] == config.pad_token_id] = 2
-    hf = hf_model(config, seed, KIND)
-    ours = our_twin(hf, config)
+    rows = len(next(iter(batch.values())))
     if labelled:
-        batch["labels"] = torch.zeros(len(next(iter(batch.values()))), dtype=torch.long)
+        batch["labels"] = torch.zeros(rows, dtype=torch.long)
+    if cached and "attention_mask" in batch:
+        mask = batch["attention_mask"]
+        batch["attention_mask"] = torch.cat((mask.new_ones(rows, 3), mask), dim=1)
+    hf = hf_model(config, seed, KIND)
     found = []
-    for model in (ours, hf):
-        arguments = dict(batch)
-        if cached:
-            past_ids = torch.full((len(next(iter(batch.values()))), 3), 2)
-            arguments["past_key_values"] = model.model(past_ids).past_key_values
-            if "attention_mask" in batch:
-                mask = batch["attention_mask"]
-                arguments["attention_mask"] = torch.cat((mask.new_ones(len(mask), 3), mask), dim=1)
-        found.append(model(**arguments, return_dict=False, output_hidden_states=True))
-    ours_out, hf_out = found
-    assert isinstance(ours_out, tuple)
-    assert [type(value) is Tensor for value in ours_out] == [type(value) is Tensor for value in hf_out]
-    flat = [[t for value in out for t in flatten(value)] for out in found]
-    assert len(flat[0]) == len(flat[1])
-    assert all(map(torch.equal, *flat))
+    for model in (our_twin(hf, config), hf):
+        past = model.model(torch.full((rows, 3), 2)).past_key_values if cached else None
+        out = model(**batch, past_key_values=past, return_dict=False, output_hidden_states=True)
+        assert isinstance(out, tuple)
+        found.append([flatten(value) for value in out])
+    ours, theirs = found
+    assert list(map(len, ours)) == list(map(len, theirs))
+    assert all(torch.equal(*pair) for values in zip(ours, theirs, strict=True) for pair in zip(*values, strict=True))
     compared["models, classifier: tuples and caches"] += 1
 
 
@@ -155,10 +145,7 @@ def flatten(value: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize("labels", [torch.tensor([5.0, -1.0]), torch.tensor([[5], [-1]]), torch.tensor([True, False])])
 def test_numbers_of_any_type_serve_regression_on_one_label(labels: Tensor) -> None:
-    config = OpenLlamaConfig(
-        vocab_size=23, hidden_size=24, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2, num_labels=1
-    )
+    config = tiny_config(num_labels=1)
     hf = hf_model(config, 0, KIND)
     ours = our_twin(hf, config)
-    ids = torch.randint(1, 23, (2, 7))
-    assert torch.equal(ours(ids, labels=labels).loss, hf(ids, labels=labels).loss)
+    assert torch.equal(ours(tiny_ids(), labels=labels).loss, hf(tiny_ids(), labels=labels).loss)
