@@ -14,7 +14,7 @@ from openllama.cache import PreallocatedCache
 from openllama.errors import ConfigError, InputError
 from openllama.generation import GenerationConfig
 from openllama.generation.loop import pick
-from openllama.generation.processors import temperature, top_k, top_p
+from openllama.generation.warpers import temperature, top_k, top_p
 
 CONFIG = OpenLlamaConfig(
     vocab_size=40,
@@ -270,8 +270,8 @@ def test_a_generation_config_that_is_not_json_is_refused_with_its_path(tmp_path)
     [
         ({"max_length": 4}, "max_length 4 .* prompt of 4"),
         ({"max_new_tokens": 0}, "max_new_tokens .* 0"),
-        ({"temperature": 0.0, "do_sample": True}, "temperature .* 0.0.*do_sample=False"),
-        ({"top_p": 0.0}, r"top_p .* \(0, 1\], got 0.0"),
+        ({"temperature": 0.0, "do_sample": True}, "temperature .*do_sample=False.* 0.0"),
+        ({"top_p": 0.0}, r"top_p .* \(0, 1\].* got 0.0"),
         ({"top_k": -1}, "top_k .* -1"),
         ({"eos_token_id": 40}, "eos_token_id 40 .* 40"),
         ({"max_token": 3}, "max_token"),

@@ -15,6 +15,8 @@ from tests.draw import examples
 from tests.oracle import compared
 from tests.parity import draws
 
+pytestmark = pytest.mark.filterwarnings("ignore:a text of more than")
+
 #: greedy continuations that were not one token again and again, so that equality says something
 varied: list[bool] = []
 
