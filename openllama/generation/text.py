@@ -32,8 +32,8 @@ def stream_text(
     return until(decoded(tokenizer, ids[0].tolist(), model.stream(ids, **arguments)), stop_strings)
 
 
-def decoded(tokenizer: OpenLlamaTokenizer, prompt: Iterable[int], tokens: Iterable[Tensor]) -> Iterator[str]:
-    """What each token (1,) adds to the text that begins with ``prompt``, whose own text is left out."""
+def decoded(tokenizer: OpenLlamaTokenizer, prompt: Iterable[int], tokens: Iterable[Tensor | int]) -> Iterator[str]:
+    """What each token, an id or (1,), adds to the text that begins with ``prompt``, whose own text is left out."""
     decoder = StreamDecoder(tokenizer)
     for token_id in prompt:
         decoder.push(token_id)  # what a token shows depends on what stands before it
