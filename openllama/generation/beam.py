@@ -32,7 +32,7 @@ from openllama.generation.warpers import LogitsProcessor
 DEAD = -1e9  # the score of a beam that is not to be continued
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Hypothesis:
     """A finished text."""
 
@@ -131,9 +131,8 @@ class BeamSearch:
     def step(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Move every beam one token on; the tokens (rows,) and the processed scores (rows, V)."""
         log_probs = logits.log_softmax(dim=-1)
-        scores = torch.empty_like(log_probs)
-        tokens, parents = self.texts.ids[:, -1].clone(), torch.arange(len(logits), device=logits.device)
-        totals = self.totals.clone()
+        scores, totals = torch.empty_like(log_probs), torch.empty_like(self.totals)
+        tokens, parents = torch.empty_like(self.rows.flatten()), torch.empty_like(self.rows.flatten())
         self.diversity.taken.clear()
         for index in range(self.config.num_beam_groups):
             rows = self.rows[:, index].flatten()  # (B * G,)
@@ -141,13 +140,10 @@ class BeamSearch:
             processed = apply(self.processors, ids, log_probs[rows])
             scores[rows] = apply(self.request.warpers, ids, processed)
             sums = apply(self.request.warpers, ids, processed + self.totals[rows, None])
-            for prompt, candidates in enumerate(zip(*self.candidates(sums), strict=True)):
-                group = self.groups[prompt][index]
-                beams = self.advance(group, *(values.tolist() for values in candidates))
-                totals[group.rows], tokens[group.rows], parents[group.rows] = (
-                    column.new_tensor(values)
-                    for column, values in zip((totals, tokens, parents), zip(*beams, strict=True), strict=True)
-                )
+            candidates = zip(*(column.tolist() for column in self.candidates(sums)), strict=True)  # of each prompt
+            new = [self.advance(groups[index], *best) for groups, best in zip(self.groups, candidates, strict=True)]
+            columns = zip(*(beam for beams in new for beam in beams), strict=True)
+            totals[rows], tokens[rows], parents[rows] = (torch.tensor(column, device=rows.device) for column in columns)
             self.diversity.taken.append(tokens[self.rows[:, index]])
         self.totals = totals
         self.history = torch.cat((self.history[parents], parents[:, None]), dim=1)
