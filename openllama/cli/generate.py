@@ -134,7 +134,8 @@ def _read_lines(source: TextIO, tokenizer: OpenLlamaTokenizer, skip: bool) -> It
             if not tokenizer.encode(entry["prompt"]):
                 raise ValueError("its prompt is empty")
         except ValueError as error:
-            problem = f"line {number}: {error}"
+            what = f"not JSON: {error}" if isinstance(error, json.JSONDecodeError) else error
+            problem = f"line {number}: {what}"
             if not skip:
                 raise InputError(f"{problem}; --on-error skip goes on") from error
             print(f"skipped {problem}", file=sys.stderr)
