@@ -107,6 +107,8 @@ ONE, TWO = torch.tensor([[5, 9, 13]]), torch.tensor([[5, 9, 13], [7, 2, 30]])
         (ONE, {"prompt_lookup_num_tokens": 3, "use_cache": False}, "use_cache"),
         (TWO, {"prompt_lookup_num_tokens": 3}, "one text at a time, got 2 prompts"),
         (ONE, {"prompt_lookup_num_tokens": 3, "do_sample": True, "num_return_sequences": 2}, "sequences 2"),
+        (ONE, {"min_length": 6}, "min_length 6 .* 5 tokens"),
+        (ONE, {"min_new_tokens": 3}, "min_new_tokens 3 .* 2"),
         (ONE, {"eos_token_id": 40}, "eos_token_id 40 .* 40"),
         (ONE, {"bad_words_ids": [[3, 41]]}, "bad_words_ids 41"),
         (ONE, {"bad_words_ids": [[]]}, "bad_words_ids"),

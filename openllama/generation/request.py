@@ -148,9 +148,14 @@ def _infer_mask(input_ids: Tensor, config: GenerationConfig) -> Tensor:
 def _settle_length(config: GenerationConfig, length: int) -> GenerationConfig:
     """The config with ``max_length`` counting a prompt of ``length`` and its continuation."""
     if config.max_new_tokens is not None:
-        return config.replace(max_length=length + config.max_new_tokens)
-    if config.max_length <= length:
-        raise InputError(f"max_length {config.max_length} leaves no room after a prompt of {length} tokens; raise it")
+        config = config.replace(max_length=length + config.max_new_tokens)
+    most = config.max_length
+    if most <= length:
+        raise InputError(f"max_length {most} leaves no room after a prompt of {length} tokens; raise it")
+    if (config.min_length or 0) > most:
+        raise InputError(f"min_length {config.min_length} is above the {most} tokens of max_length; lower it")
+    if (config.min_new_tokens or 0) > most - length:
+        raise InputError(f"min_new_tokens {config.min_new_tokens} is above the {most - length} there is room for")
     return config
 
 
