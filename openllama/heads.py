@@ -85,8 +85,11 @@ class OpenLlamaForCausalLM(PretrainedModel):
         hidden = self.model(input_ids, **{"use_cache": False, **arguments, "return_dict": True}).last_hidden_state
         return chunked_causal_lm_loss(hidden, labels, self._project, self.config.vocab_size)
 
-    def generate(self, input_ids: Tensor | None = None, **arguments: Any) -> Tensor:
-        """Continue ``input_ids`` (B, L) and return all ids; see ``openllama.generation.prepare`` for arguments."""
+    def generate(self, input_ids: Tensor | None = None, **arguments: Any) -> Any:
+        """Continue ``input_ids`` (B, L) and return all ids; see ``openllama.generation.prepare`` for arguments.
+
+        A tensor, or with ``return_dict_in_generate=True`` a ``GenerateOutput``.
+        """
         return generation.generate(self, input_ids, **arguments)
 
     def stream(self, input_ids: Tensor | None = None, **arguments: Any) -> Iterator[Tensor]:

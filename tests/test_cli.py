@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
+import os
+import pty
+import select
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -163,3 +168,159 @@ def test_the_module_and_the_card_script_are_the_same_command(folder, tmp_path):
         assert done.returncode == 0, done.stderr
     first, second = (sorted((p.name, p.read_bytes()) for p in (tmp_path / n).iterdir()) for n in "01")
     assert first == second
+
+
+# --- batches ---
+
+
+def write_lines(path: Path, *lines: object) -> Path:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+def test_lines_are_answered_in_order_as_each_prompt_alone(capsys, folder, tmp_path):
+    prompts = ["To be", "明月", "user: who is there?", "a"]
+    lines = write_lines(tmp_path / "in", *({"prompt": prompt, "id": i} for i, prompt in enumerate(prompts)))
+    options = ("--greedy", "--max-new-tokens", 6)
+    code, out, err = run(capsys, "generate", folder, "--jsonl", lines, "--batch-size", 3, *options)
+    assert code == 0
+    assert "4/4" in err, "a progress bar"
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert [answer["id"] for answer in answers] == [0, 1, 2, 3]
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert run(capsys, "generate", folder, "--prompt", prompt, *options)[1] == prompt + answer["text"] + "\n\n"
+
+
+def test_lines_come_from_standard_input_and_go_to_a_file(capsys, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO('{"prompt": "To be"}\n'))
+    command = ("generate", folder, "--jsonl", "-", "--output", tmp_path / "out", "--max-new-tokens", 4)
+    code, out, _ = run(capsys, *command, "--set", "num_return_sequences=2", "--set", "do_sample=true", "--seed", 1)
+    assert (code, out) == (0, "")
+    assert len(json.loads((tmp_path / "out").read_text())["texts"]) == 2
+
+
+@pytest.mark.parametrize("bad", ["nonsense", '{"text": "x"}', '{"prompt": 3}', '["prompt"]'])
+def test_a_line_that_is_no_prompt_stops_or_is_skipped_as_asked(capsys, folder, tmp_path, bad):
+    lines = write_lines(tmp_path / "in", {"prompt": "To be"}, bad, {"prompt": "or"})
+    code, out, err = run(capsys, "generate", folder, "--jsonl", lines, "--max-new-tokens", 2)
+    assert (code, out) == (1, "")
+    assert "line 2" in err
+    code, out, err = run(capsys, "generate", folder, "--jsonl", lines, "--max-new-tokens", 2, "--on-error", "skip")
+    assert (code, out.count("\n")) == (0, 2)
+    assert "line 2" in err
+
+
+# --- settings ---
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["num_beams=3"],
+        ["num_beams=4", "num_beam_groups=2", "diversity_penalty=0.5"],
+        ["num_beams=2", "do_sample=true"],
+        ["penalty_alpha=0.6", "top_k=4"],
+        ["prompt_lookup_num_tokens=3"],
+        ["repetition_penalty=1.2"],
+    ],
+)
+def test_every_strategy_is_reached_by_set(capsys, folder, settings):
+    words = [word for setting in settings for word in ("--set", setting)]
+    code, out, err = run(capsys, "generate", folder, "--prompt", "To be", "--max-new-tokens", 5, "--seed", 0, *words)
+    assert code == 0, err
+    assert out.startswith("To be")
+    assert "5 tokens" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--set", "num_beam=3"], "num_beam"),
+        (["--set", "num_beams"], "NAME=VALUE"),
+        (["--greedy", "--top-p", "0.5"], "--greedy"),
+        (["--jsonl", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--batch-size", "0"], "batch-size"),
+    ],
+)
+def test_bad_settings_are_refused_in_one_line(capsys, folder, words, message):
+    prompt = [] if "--jsonl" in words else ["--prompt", "x"]
+    code, out, err = run(capsys, "generate", folder, *prompt, *words)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert message in err
+
+
+def test_the_prompt_can_be_a_file(capsys, folder, tmp_path):
+    (tmp_path / "prompt.txt").write_text("To be\n")
+    _, from_file, _ = run(capsys, "generate", folder, "--prompt-file", tmp_path / "prompt.txt", "--seed", 1)
+    _, given, _ = run(capsys, "generate", folder, "--prompt", "To be", "--seed", 1)
+    assert from_file == given
+
+
+# --- chat ---
+
+
+def test_chat_over_a_pipe_answers_each_line(capsys, folder, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Who art thou?\n/reset\n/nonsense\ntwo \\\nlines\n\n/exit\nnever\n"))
+    code, out, err = run(capsys, "chat", folder, "--max-new-tokens", 5, "--seed", 0)
+    assert code == 0
+    assert err.count("tokens/s") == 2, "two questions"
+    assert "forgotten" in err
+    assert "/nonsense is no command" in err
+    assert "> " not in err + out, "no prompt where nobody reads it"
+
+
+def test_chat_says_when_old_turns_are_dropped_and_refuses_what_is_too_long(capsys, folder, monkeypatch, tmp_path):
+    config = tiny_config(vocab_size=500, eos_token_id=None, initializer_range=0.3, max_position_embeddings=40)
+    short = write_checkpoint(tmp_path / "short", hf_weights(config), config)
+    (short / "tokenizer.model").write_bytes(trained("v1-like"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\nthree\n" + "long " * 60 + "\nfour\n"))
+    code, _, err = run(capsys, "chat", short, "--max-new-tokens", 8, "--greedy")
+    assert code == 0
+    assert "oldest" in err
+    assert "no room for an answer in 40" in err
+    assert err.count("tokens/s") == 4, "the conversation goes on"
+
+
+class Terminal:
+    """``openllama chat`` in a terminal of its own."""
+
+    def __init__(self, *arguments: object) -> None:
+        self.pid, self.screen = pty.fork()
+        if self.pid == 0:
+            os.execv(sys.executable, [sys.executable, "-m", "openllama", *map(str, arguments)])
+        self.seen = ""
+
+    def wait_for(self, text: str, after: int = 0, seconds: float = 60) -> int:
+        """Read until ``text`` is on the screen; where it ends."""
+        end = time.monotonic() + seconds
+        while text not in self.seen[after:]:
+            assert time.monotonic() < end, f"{text!r} did not come; the screen shows {self.seen!r}"
+            if select.select([self.screen], [], [], 0.2)[0]:
+                try:
+                    self.seen += os.read(self.screen, 4096).decode("utf-8", "replace")
+                except OSError:  # the other side has gone
+                    assert text in self.seen[after:], f"{text!r} did not come; the screen shows {self.seen!r}"
+        return self.seen.index(text, after) + len(text)
+
+    def type(self, keys: str) -> None:
+        os.write(self.screen, keys.encode())
+
+
+def test_chat_in_a_terminal_survives_ctrl_c_and_ends_with_ctrl_d(tmp_path):
+    config = tiny_config(vocab_size=500, eos_token_id=None, initializer_range=0.3, max_position_embeddings=100_000)
+    endless = write_checkpoint(tmp_path / "endless", hf_weights(config), config)
+    (endless / "tokenizer.model").write_bytes(trained("v1-like"))
+    terminal = Terminal("chat", endless, "--max-new-tokens", 90_000, "--seed", 0)
+    at = terminal.wait_for("> ")
+    terminal.type("Who art thou?\n")
+    at = terminal.wait_for("\n", at)
+    time.sleep(1)
+    terminal.type("\x03")
+    at = terminal.wait_for("(stopped)", at)
+    at = terminal.wait_for("> ", terminal.wait_for("tokens/s)", at))
+    terminal.type("\x03")
+    at = terminal.wait_for("> ", terminal.wait_for("Ctrl-D leaves", at))
+    terminal.type("/reset\n")
+    at = terminal.wait_for("> ", terminal.wait_for("forgotten", at))
+    terminal.type("\x04")
+    assert os.waitstatus_to_exitcode(os.waitpid(terminal.pid, 0)[1]) == 0

@@ -1,69 +1,42 @@
 """Greedy search and sampling: predict, process, pick, append, until every text has ended.
 
-Token ids in, token ids out; text belongs to the tokenizer. ``stream`` is the loop, ``generate`` collects
-what it yields.
+Token ids in, token ids out; text belongs to the tokenizer. Every other strategy is a variation of
+``decode`` in a file of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from openllama.cache import Cache, KeyValue, PreallocatedCache, as_cache
-from openllama.errors import InputError
-from openllama.generation.config import GenerationConfig
-from openllama.generation.processors import LogitsProcessor, processors_for
-from openllama.inputs import check_attention_mask, check_input_ids, check_inputs_embeds
+from openllama.cache import Cache, PreallocatedCache
+from openllama.generation.outputs import Step
+from openllama.generation.processors import apply
+from openllama.generation.request import Request
+from openllama.outputs import CausalLMOutput
 
 if TYPE_CHECKING:
     from openllama.heads import OpenLlamaForCausalLM
 
 
-class Streamer(Protocol):
-    """Takes ids as they are made, as transformers' streamers do: first the prompt, then token by token."""
-
-    def put(self, value: Tensor) -> None: ...
-
-    def end(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Request:
-    """Everything one generation needs, checked."""
-
-    input_ids: Tensor  # (B, L), begins the output
-    attention_mask: Tensor  # (B, S), over cached tokens and prompt
-    inputs_embeds: Tensor | None  # (B, E, C), computed in place of the prompt's ids
-    past: Cache | None
-    config: GenerationConfig  # its max_length is settled
-    processors: list[LogitsProcessor]
-    generator: torch.Generator | None
-
-
-def generate(
-    model: OpenLlamaForCausalLM, input_ids: Tensor | None = None, *, streamer: Streamer | None = None, **arguments: Any
-) -> Tensor:
-    """The prompt (B, L) and its continuation, as ids (B, L + new); arguments as of ``prepare``."""
-    request = prepare(model, input_ids, **arguments)
-    if streamer is not None:
-        streamer.put(request.input_ids.cpu())
-    tokens = []
-    for token in decode(model, request):
-        tokens.append(token[:, None])
-        if streamer is not None:
-            streamer.put(token.cpu())
-    if streamer is not None:
-        streamer.end()
-    return torch.cat((request.input_ids, *tokens), dim=1)
-
-
-def stream(model: OpenLlamaForCausalLM, input_ids: Tensor | None = None, **arguments: Any) -> Iterator[Tensor]:
-    """The continuation token by token, each (B,), before the next is computed; arguments as of ``prepare``."""
-    return decode(model, prepare(model, input_ids, **arguments))
+@torch.no_grad()
+def decode(texts: Texts, request: Request) -> Iterator[Step]:
+    """Yield the next token of every text until all have ended or reached the length."""
+    config = request.config
+    running = torch.ones(len(texts.ids), dtype=torch.bool, device=texts.ids.device)
+    while texts.length < config.max_length:
+        logits, output = texts.forward()
+        scores = apply([*request.processors, *request.warpers], texts.ids, logits[:, -1])
+        token = pick(scores, config.do_sample, request.generator).where(running, config.padding_id)
+        texts.append(token)
+        yield Step(token, scores, logits[:, -1], output.attentions, output.hidden_states)
+        running &= ~request.ended(texts.ids, scores)
+        if not running.any():
+            return
 
 
 def pick(scores: Tensor, do_sample: bool, generator: torch.Generator | None = None) -> Tensor:
@@ -73,38 +46,84 @@ def pick(scores: Tensor, do_sample: bool, generator: torch.Generator | None = No
     return torch.multinomial(scores.softmax(dim=-1), num_samples=1, generator=generator).squeeze(1)
 
 
-@torch.no_grad()
-def decode(model: OpenLlamaForCausalLM, request: Request) -> Iterator[Tensor]:
-    """Yield the next token of every text, (B,), until all have ended or reached the length."""
-    config = request.config
-    batch, length = request.input_ids.shape
-    seen, total = request.attention_mask.shape[1], config.max_length
-    ids = request.input_ids.new_zeros(batch, total)
-    ids[:, :length] = request.input_ids
-    mask = request.attention_mask.new_ones(batch, seen + total - length)
-    mask[:, :seen] = request.attention_mask
-    cache = _make_cache(model, request.past, batch, mask.shape[1]) if config.use_cache else request.past
-    eos = ids.new_tensor(config.eos_token_ids)
-    padding = config.pad_token_id if config.pad_token_id is not None else (config.eos_token_ids or [0])[0]
-    running = torch.ones(batch, dtype=torch.bool, device=ids.device)
+class Texts:
+    """The texts being made: ids, padding mask and cache, with room for all that may come.
 
-    for end in range(length, total):
-        inputs = model.prepare_inputs_for_generation(
-            ids[:, :end],
-            past_key_values=cache,
-            attention_mask=mask[:, : seen + end - length],
-            inputs_embeds=request.inputs_embeds if end == length else None,
-            use_cache=config.use_cache,
+    A prompt of 3 tokens, forward: the cache holds 3. Append 1: 4 ids. Forward computes that 1.
+    """
+
+    def __init__(self, model: OpenLlamaForCausalLM, request: Request) -> None:
+        batch, self.length = request.input_ids.shape
+        seen = request.attention_mask.shape[1]  # cached tokens that are not among the ids included
+        self.model, self.config = model, request.config
+        self._extra = seen - self.length
+        self._ids = request.input_ids.new_zeros(batch, self.config.max_length)
+        self._ids[:, : self.length] = request.input_ids
+        self._mask = request.attention_mask.new_ones(batch, self._extra + self.config.max_length)
+        self._mask[:, :seen] = request.attention_mask
+        self._embeds = request.inputs_embeds
+        self.cache = request.past
+        if self.config.use_cache:
+            self.cache = _make_cache(model, request.past, batch, self._mask.shape[1])
+        self._warned = False
+
+    @property
+    def ids(self) -> Tensor:
+        """All tokens so far, (B, length)."""
+        return self._ids[:, : self.length]
+
+    def forward(self, keep: int = 1, hidden_states: bool = False) -> tuple[Tensor, CausalLMOutput]:
+        """Compute the tokens that the cache does not hold: logits of the last ``keep``, at least float32, and all."""
+        self._warn_beyond_training()
+        inputs = self.model.prepare_inputs_for_generation(
+            self.ids,
+            past_key_values=self.cache,
+            attention_mask=self._mask[:, : self._extra + self.length],
+            inputs_embeds=self._embeds,
+            use_cache=self.config.use_cache,
         )
-        scores = model(**inputs, logits_to_keep=1, return_dict=True).logits[:, -1]
-        for process in request.processors:
-            scores = process(ids[:, :end], scores)
-        token = pick(scores, config.do_sample, request.generator).where(running, padding)
-        ids[:, end] = token
-        yield token
-        running &= ~torch.isin(token, eos)
-        if not running.any():
-            return
+        self._embeds = None  # from here on the cache holds them
+        output = self.model(
+            **inputs,
+            logits_to_keep=keep,
+            output_attentions=self.config.output_attentions,
+            output_hidden_states=hidden_states or self.config.output_hidden_states,
+            return_dict=True,
+        )
+        if self.config.use_cache:
+            self.cache = output.past_key_values
+        return output.logits.to(torch.promote_types(output.logits.dtype, torch.float32)), output
+
+    def append(self, tokens: Tensor) -> None:
+        """Add one token to each text, (B,), or several, (B, n)."""
+        tokens = tokens.view(len(self._ids), -1)
+        self._ids[:, self.length : self.length + tokens.shape[1]] = tokens
+        self.length += tokens.shape[1]
+
+    def replace_last(self, tokens: Tensor) -> None:
+        """Change the last token of each text, (B,), though not what the cache holds of it."""
+        self._ids[:, self.length - 1] = tokens
+
+    def reorder(self, rows: Tensor) -> None:
+        """Text i becomes what text ``rows[i]`` was; there may be more or fewer of them after."""
+        self._ids, self._mask = self._ids[rows], self._mask[rows]
+        if self.cache is not None:
+            self.cache = self.cache.reorder(rows)
+
+    def crop(self, length: int) -> None:
+        """Forget all but the first ``length`` tokens; the cache, too."""
+        self.length = length
+        if self.cache is not None:
+            self.cache = self.cache.crop(self._extra + length)
+
+    def _warn_beyond_training(self) -> None:
+        limit = self.model.config.max_position_embeddings
+        if self._extra + self.length > limit and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"a text of more than {limit} tokens (max_position_embeddings): the model was not trained for it",
+                stacklevel=2,
+            )
 
 
 def _make_cache(model: OpenLlamaForCausalLM, past: Cache | None, batch: int, room: int) -> PreallocatedCache:
@@ -115,90 +134,3 @@ def _make_cache(model: OpenLlamaForCausalLM, past: Cache | None, batch: int, roo
     if past is not None and len(past):
         cache.advance([cache.append(layer, key, value) for layer, (key, value) in enumerate(past)])
     return cache
-
-
-def prepare(
-    model: OpenLlamaForCausalLM,
-    input_ids: Tensor | None = None,
-    *,
-    attention_mask: Tensor | None = None,
-    inputs_embeds: Tensor | None = None,
-    past_key_values: Cache | Sequence[KeyValue] | None = None,
-    generation_config: GenerationConfig | None = None,
-    logits_processor: Sequence[LogitsProcessor] = (),
-    generator: torch.Generator | None = None,
-    **options: Any,
-) -> Request:
-    """Check a call of ``generate`` before any forward pass; raises ``InputError``.
-
-    ``input_ids`` (B, L) is the prompt; without one the text begins with the bos id. ``attention_mask``
-    (B, L) marks padding with 0; by default the config's padding id is padding. ``inputs_embeds``
-    (B, E, C) is computed in place of the ids. ``past_key_values`` holds the prompt's first tokens.
-    ``generation_config`` replaces the model's own, ``options`` are fields of it. ``logits_processor``
-    are applied after the configured ones. ``generator`` draws the tokens; None is torch's global one.
-    """
-    config = (generation_config or model.generation_config).replace(**options)
-    if input_ids is None:
-        if config.bos_token_id is None:
-            raise InputError("give input_ids, or a bos_token_id to begin with")
-        batch = 1 if inputs_embeds is None else inputs_embeds.shape[0]
-        input_ids = torch.full((batch, 1), config.bos_token_id)
-    check_input_ids(input_ids, model.config.vocab_size)
-    input_ids = input_ids.to(model.device, torch.long)
-    if inputs_embeds is not None:
-        check_inputs_embeds(inputs_embeds, model.config.hidden_size)
-    past = None if past_key_values is None else as_cache(past_key_values, len(input_ids), model.config, model.dtype)
-    return Request(
-        input_ids=input_ids,
-        attention_mask=_prompt_mask(input_ids, attention_mask, inputs_embeds, past, config).to(model.device),
-        inputs_embeds=inputs_embeds,
-        past=past,
-        config=_settle_length(config, input_ids.shape[1], model.config.vocab_size),
-        processors=[*processors_for(config), *logits_processor],
-        generator=generator,
-    )
-
-
-def _prompt_mask(
-    input_ids: Tensor, mask: Tensor | None, inputs_embeds: Tensor | None, past: Cache | None, config: GenerationConfig
-) -> Tensor:
-    """The padding mask over cached tokens and prompt, given or inferred, (B, S).
-
-    With n tokens cached, the ids may be the whole text, or only what is new if the mask covers both.
-    """
-    batch, length = input_ids.shape if inputs_embeds is None else inputs_embeds.shape[:2]
-    cached = 0 if past is None else past.get_seq_length()
-    if mask is None and inputs_embeds is not None:
-        mask = input_ids.new_ones(batch, cached + length)
-    elif mask is None:
-        mask = _infer_mask(input_ids, config)
-    width = mask.shape[-1]
-    if width <= cached:
-        raise InputError(
-            f"past_key_values holds {cached} tokens, the prompt covers {width}: give the cached and the new tokens "
-            "as input_ids, or only the new ones and an attention_mask over both"
-        )
-    full = cached + length if width == cached + length else length
-    check_attention_mask(mask, batch, full - cached, full)
-    if mask.ndim != 2:
-        raise InputError(f"generate takes a padding mask ({batch}, {full}), got {tuple(mask.shape)}")
-    return mask
-
-
-def _infer_mask(input_ids: Tensor, config: GenerationConfig) -> Tensor:
-    """Padding ids are padding, unless the same id also ends a text; as transformers infers it."""
-    if config.pad_token_id is None or config.pad_token_id in config.eos_token_ids:
-        return torch.ones_like(input_ids)
-    return (input_ids != config.pad_token_id).to(input_ids.dtype)
-
-
-def _settle_length(config: GenerationConfig, length: int, vocab_size: int) -> GenerationConfig:
-    """The config with ``max_length`` counting a prompt of ``length`` and its continuation."""
-    for eos in config.eos_token_ids:
-        if not 0 <= eos < vocab_size:
-            raise InputError(f"eos_token_id {eos} is outside the vocabulary of {vocab_size}")
-    if config.max_new_tokens is not None:
-        return config.replace(max_length=length + config.max_new_tokens)
-    if config.max_length <= length:
-        raise InputError(f"max_length {config.max_length} leaves no room after a prompt of {length} tokens; raise it")
-    return config

@@ -1,62 +1,162 @@
-"""Logits processors: pure functions of (input_ids (B, L), scores (B, V)) that return new scores.
+"""Logits processors: what tokens are forbidden, forced, favoured, whatever the strategy.
 
-A score of -inf is a token that cannot be drawn. Arithmetic and order are those of transformers 4.31.0,
-so that the same seed draws the same tokens.
+Pure functions of (input_ids (B, L), scores (B, V)) that return new scores; -inf is a token that cannot
+come. Arithmetic and order are those of transformers 4.31.0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from openllama.generation.config import GenerationConfig
-
-LogitsProcessor: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-
-
-def temperature(value: float) -> LogitsProcessor:
-    """Divide the scores: 0.5 doubles every difference."""
-    return lambda input_ids, scores: scores / value
+from openllama.generation.config import GenerationConfig, as_list
+from openllama.generation.warpers import LogitsProcessor, log_normalize
 
 
-def top_k(count: int) -> LogitsProcessor:
-    """Keep the ``count`` highest scores, and any that tie with the last of them."""
-
-    def process(input_ids: Tensor, scores: Tensor) -> Tensor:
-        lowest_kept = scores.topk(min(count, scores.shape[-1])).values[:, -1:]
-        return scores.masked_fill(scores < lowest_kept, -torch.inf)
-
-    return process
+def apply(processors: Iterable[LogitsProcessor], input_ids: Tensor, scores: Tensor) -> Tensor:
+    """Each processor on what the one before it made."""
+    for process in processors:
+        scores = process(input_ids, scores)
+    return scores
 
 
-def top_p(mass: float) -> LogitsProcessor:
-    """Keep the likeliest tokens that together reach probability ``mass`` (Holtzman et al. 2020).
+def sequence_bias(bias: Mapping[tuple[int, ...], float]) -> LogitsProcessor:
+    """Add a number to the token that would complete a sequence.
 
-    Probabilities 0.5, 0.3, 0.2 and mass 0.7: the tail 0.2 is at most 1 - 0.7 and goes; 0.2 + 0.3 is
-    more, so 0.3 stays. The likeliest token always stays.
+    {(7,): 1.0, (5, 7): -2.0}: 7 gets +1 anywhere and, after 5, another -2. As in transformers, the
+    text must have as many tokens as the sequence already, so the second one is not seen when 5 is all
+    there is.
     """
 
     def process(input_ids: Tensor, scores: Tensor) -> Tensor:
-        ascending, order = scores.sort(descending=False)
-        drop = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - mass
-        drop[:, -1] = False
-        return scores.masked_fill(drop.scatter(1, order, drop), -torch.inf)
+        total = torch.zeros_like(scores)
+        for (*beginning, last), value in bias.items():
+            length = len(beginning)
+            if length == 0:
+                total[:, last] += value
+            elif length < input_ids.shape[1]:
+                matches = (input_ids[:, -length:] == input_ids.new_tensor(beginning)).all(dim=1)
+                total[matches, last] += value
+        return scores + total
 
     return process
 
 
-def processors_for(config: GenerationConfig) -> list[LogitsProcessor]:
-    """The processors a config asks for, in the order they apply; greedy search needs none."""
-    if not config.do_sample:
-        return []
-    processors = []
-    if config.temperature != 1.0:
-        processors.append(temperature(config.temperature))
-    if config.top_k:
-        processors.append(top_k(config.top_k))
-    if config.top_p is not None and config.top_p < 1.0:
-        processors.append(top_p(config.top_p))
+def bad_words(words: Sequence[Sequence[int]], eos_token_ids: Sequence[int]) -> LogitsProcessor:
+    """Forbid the token that would complete one of the sequences; a lone eos id is never forbidden."""
+    ending = [[eos] for eos in eos_token_ids]
+    return sequence_bias({tuple(word): -torch.inf for word in words if list(word) not in ending})
+
+
+def repetition_penalty(penalty: float) -> LogitsProcessor:
+    """Make the tokens of the text less likely (Keskar et al. 2019): penalty 2 turns 3 into 1.5 and -1 into -2."""
+
+    def process(input_ids: Tensor, scores: Tensor) -> Tensor:
+        seen = scores.gather(1, input_ids)
+        return scores.scatter(1, input_ids, torch.where(seen < 0, seen * penalty, seen / penalty))
+
+    return process
+
+
+def no_repeat_ngram(size: int) -> LogitsProcessor:
+    """Forbid tokens that would repeat ``size`` tokens of the text: size 2 and text 4 5 4 forbid 5."""
+
+    def process(input_ids: Tensor, scores: Tensor) -> Tensor:
+        length = input_ids.shape[1]
+        if length < size:
+            return scores
+        windows = input_ids.unfold(1, size, 1)  # (B, L - size + 1, size)
+        ending = input_ids[:, length - size + 1 :]  # (B, size - 1)
+        row, start = (windows[:, :, :-1] == ending[:, None]).all(dim=-1).nonzero(as_tuple=True)
+        return scores.index_put((row, windows[row, start, -1]), scores.new_tensor(-torch.inf))
+
+    return process
+
+
+def suppress(tokens: Sequence[int], first: int = 0, end: int | None = None) -> LogitsProcessor:
+    """Forbid ``tokens`` while the text is at least ``first`` and less than ``end`` tokens long."""
+
+    def process(input_ids: Tensor, scores: Tensor) -> Tensor:
+        length = input_ids.shape[1]
+        if length < first or (end is not None and length >= end):
+            return scores
+        return scores.index_fill(1, input_ids.new_tensor(tokens), -torch.inf)
+
+    return process
+
+
+def force(tokens: Sequence[int], length: int) -> LogitsProcessor:
+    """After ``length`` tokens one of ``tokens`` must come: they score 0, all others -inf."""
+
+    def process(input_ids: Tensor, scores: Tensor) -> Tensor:
+        if input_ids.shape[1] != length:
+            return scores
+        return torch.full_like(scores, -torch.inf).index_fill(1, input_ids.new_tensor(tokens), 0.0)
+
+    return process
+
+
+def remove_invalid(input_ids: Tensor, scores: Tensor) -> Tensor:
+    """NaN becomes 0 and inf the largest number; -inf stays."""
+    return scores.nan_to_num(nan=0.0, posinf=torch.finfo(scores.dtype).max, neginf=-torch.inf)
+
+
+def exponential_decay(start: int, factor: float, eos_token_ids: Sequence[int]) -> LogitsProcessor:
+    """Multiply the scores of the eos ids by ``factor`` once for each token beyond ``start``.
+
+    Start 10, factor 1.5, 12 tokens: 2.0 becomes 4.5. A negative score moves the other way, -2.0 to
+    -4.5: that is what transformers 4.31.0 does, and with beams, whose scores are log-probabilities,
+    a factor below 1 is the one that ends a text sooner.
+    """
+
+    def process(input_ids: Tensor, scores: Tensor) -> Tensor:
+        beyond = input_ids.shape[1] - start
+        if beyond <= 0:
+            return scores
+        eos = input_ids.new_tensor(eos_token_ids)
+        return scores.index_copy(1, eos, scores[:, eos] * factor**beyond)
+
+    return process
+
+
+def processors_for(config: GenerationConfig, prompt_length: int) -> list[LogitsProcessor]:
+    """The processors a config asks for, in the order they apply; ``max_length`` must be settled."""
+    eos = config.eos_token_ids
+    processors: list[LogitsProcessor] = []
+    if config.sequence_bias:
+        processors.append(sequence_bias(config.sequence_bias))
+    if config.repetition_penalty not in (None, 1.0):
+        processors.append(repetition_penalty(config.repetition_penalty))
+    if config.no_repeat_ngram_size:
+        processors.append(no_repeat_ngram(config.no_repeat_ngram_size))
+    if config.bad_words_ids:
+        processors.append(bad_words(config.bad_words_ids, eos))
+    if eos and config.min_length:
+        processors.append(suppress(eos, end=config.min_length))
+    if eos and config.min_new_tokens:
+        processors.append(suppress(eos, end=prompt_length + config.min_new_tokens))
+    if config.forced_bos_token_id is not None:
+        processors.append(force([config.forced_bos_token_id], length=1))
+    if config.forced_eos_token_id is not None:
+        processors.append(force(as_list(config.forced_eos_token_id), length=config.max_length - 1))
+    if config.remove_invalid_values:
+        processors.append(remove_invalid)
+    if config.exponential_decay_length_penalty is not None:
+        wait, factor = config.exponential_decay_length_penalty
+        processors.append(exponential_decay(prompt_length + wait, factor, eos))
+    if config.suppress_tokens:
+        processors.append(suppress(config.suppress_tokens))
+    if config.begin_suppress_tokens:
+        begin = prompt_length + (prompt_length == 1 and config.forced_bos_token_id is not None)
+        processors.append(suppress(config.begin_suppress_tokens, begin, begin + 1))
     return processors
+
+
+def all_processors(
+    config: GenerationConfig, prompt_length: int, custom: Iterable[LogitsProcessor]
+) -> list[LogitsProcessor]:
+    """The configured processors, then a caller's own, then the normalisation; warpers come after all of them."""
+    processors = [*processors_for(config, prompt_length), *custom]
+    return [*processors, log_normalize] if config.renormalize_logits else processors

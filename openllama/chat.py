@@ -1,0 +1,131 @@
+"""A conversation: turns in the format a model was trained on, and a cache that computes no token twice.
+
+A template is one string in which ``{prompt}`` and ``{answer}`` stand for the two sides of a turn; what
+follows ``{answer}`` ends it. Turns are laid end to end, so that with the default, V1's and V2's own, a
+model reads
+
+    user:Hello
+    system:Good day.</s>user:Who are you?
+    system:
+
+and writes on from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openllama.cache import PreallocatedCache
+from openllama.errors import InputError
+from openllama.generation.text import decoded, until
+from openllama.heads import OpenLlamaForCausalLM
+from openllama.tokenizer import OpenLlamaTokenizer
+
+DEFAULT_TEMPLATE = "user:{prompt}\nsystem:{answer}</s>"
+
+
+class ChatTemplate:
+    """How a turn is written: a string that holds ``{prompt}`` and then ``{answer}``, each once."""
+
+    def __init__(self, text: str = DEFAULT_TEMPLATE) -> None:
+        before, found_prompt, rest = text.partition("{prompt}")
+        between, found_answer, self.end = rest.partition("{answer}")
+        if not (found_prompt and found_answer) or "{answer}" in before or "{" in between + self.end:
+            raise InputError(f"a chat template holds {{prompt}} and then {{answer}}, each once; got {text!r}")
+        self._around_prompt = before, between
+
+    @classmethod
+    def from_file(cls, path: Path) -> ChatTemplate:
+        """The template that a text file holds, without the newline at its end."""
+        return cls(path.read_text(encoding="utf-8").removesuffix("\n"))
+
+    def question(self, prompt: str) -> str:
+        """A turn up to where its answer begins."""
+        return prompt.join(self._around_prompt)
+
+
+class ChatSession:
+    """The turns so far as ids, and the cache over them.
+
+    Model and cache hold ``max_position_embeddings`` tokens. When a question and ``max_new_tokens`` do
+    not fit any more the oldest turns go, and ``dropped`` says how many went for the last question.
+    ``settings`` are those of ``generate``.
+    """
+
+    def __init__(
+        self,
+        model: OpenLlamaForCausalLM,
+        tokenizer: OpenLlamaTokenizer,
+        template: ChatTemplate | None = None,
+        max_new_tokens: int = 256,
+        **settings: Any,
+    ) -> None:
+        self.model, self.tokenizer, self.template = model, tokenizer, template or ChatTemplate()
+        self.context = model.config.max_position_embeddings
+        self.max_new_tokens, self.settings = max_new_tokens, settings
+        self._end = self._encode(self.template.end)
+        self._cache = PreallocatedCache(model.config, 1, self.context, model.dtype, model.device)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything said."""
+        self.turns: list[list[int]] = []
+        self.dropped = self.answered = 0  # turns dropped for the last question, tokens of its answer
+        self._cache.crop(0)
+
+    def ask(self, prompt: str) -> Generator[str, None, None]:
+        """The answer as it is made, in whole characters; what was made when the caller stops is kept.
+
+        Raises ``InputError`` for a question that leaves no room for an answer.
+        """
+        turn = self._encode(self.template.question(prompt))
+        self._make_room(len(turn))
+        return self._answer(turn)
+
+    def _answer(self, turn: list[int]) -> Generator[str, None, None]:
+        self.turns.append(turn)
+        question = len(turn)
+        stop_strings = [self.template.end] if self.template.end else []
+        try:
+            yield from until(decoded(self.tokenizer, tuple(turn), self._tokens(turn)), stop_strings)
+        finally:  # however the answer came to its end, the turn has one
+            answer = turn[question:]
+            self.answered = len(answer)
+            if answer[-len(self._end) :] != self._end and self.template.end not in self.tokenizer.decode(answer):
+                turn += self._end
+
+    def _tokens(self, turn: list[int]) -> Iterator[Tensor]:
+        """Continue all turns, and add each token to the last."""
+        ids = torch.tensor([[token_id for turn in self.turns for token_id in turn]])
+        room = self.context - ids.shape[1] - len(self._end)
+        config = self.settings.get("generation_config") or self.model.generation_config
+        ends = self._end if len(self._end) == 1 else []
+        for token in self.model.stream(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=self._cache,
+            max_new_tokens=min(self.max_new_tokens, room),
+            **{**self.settings, "eos_token_id": sorted({*config.eos_token_ids, *ends})},
+        ):
+            turn.append(int(token))
+            yield token
+
+    def _make_room(self, question: int) -> None:
+        """Drop the oldest turns until question and answer fit; then what stays is computed anew."""
+        needed = question + len(self._end)
+        if needed >= self.context:
+            raise InputError(f"a question of {question} tokens leaves no room for an answer in {self.context}")
+        self.dropped = 0
+        while self.turns and sum(map(len, self.turns)) + needed + self.max_new_tokens > self.context:
+            del self.turns[0]
+            self.dropped += 1
+        if self.dropped:
+            self._cache.crop(0)
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False) if text else []

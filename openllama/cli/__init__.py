@@ -1,0 +1,45 @@
+"""The command line: ``openllama convert | inspect | verify | generate | chat``, also ``python -m openllama``.
+
+Text goes to stdout, everything about it to stderr. A refusal is one line and exit code 1; ``--debug``
+shows where it came from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from openllama import __version__
+from openllama.cli import chat, checkpoints, generate
+from openllama.errors import OpenLlamaError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 141
+    except (OpenLlamaError, OSError) as error:
+        if options.debug:
+            raise
+        print(f"openllama: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="openllama", description="Open-Llama checkpoints: convert, examine, run.")
+    parser.add_argument("--version", action="version", version=f"openllama {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for module in (checkpoints, generate, chat):
+        module.add_commands(commands)
+    for command in commands.choices.values():
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser

@@ -1,0 +1,149 @@
+"""``openllama generate``: continue prompts as they are given, or whole files of them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from openllama.cli.common import Commands, add_generation_options, add_model_options, generation_arguments, load
+from openllama.errors import InputError
+from openllama.generation import GenerationConfig
+from openllama.generation.text import decoded
+from openllama.heads import OpenLlamaForCausalLM
+from openllama.tokenizer import OpenLlamaTokenizer
+
+
+def add_commands(commands: Commands) -> None:
+    command = commands.add_parser("generate", help="continue prompts, token by token or in batches")
+    add_model_options(command)
+    source = command.add_mutually_exclusive_group()
+    source.add_argument("--prompt", action="append", help="text to continue; may be given again (default: stdin)")
+    source.add_argument("--prompt-file", type=Path, help="file whose text is continued")
+    source.add_argument("--jsonl", type=Path, help='file of lines {"prompt": TEXT, ...}, - for stdin; JSON lines out')
+    command.add_argument("--output", type=Path, help="file for --jsonl's answers (default: stdout)")
+    command.add_argument("--batch-size", type=int, default=8, help="of --jsonl (default: %(default)s)")
+    command.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="at a line that is no prompt")
+    add_generation_options(command, max_new_tokens=128)
+    command.set_defaults(run=_generate)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    if options.batch_size < 1:
+        raise InputError(f"--batch-size must be at least 1, got {options.batch_size}")
+    prompts = [] if options.jsonl else _prompts(options)
+    model, tokenizer = load(options)
+    arguments = generation_arguments(options, model, tokenizer)
+    start = time.perf_counter()
+    if options.jsonl:
+        count = _generate_lines(model, tokenizer, arguments, options)
+    else:
+        count = sum(_print_continuation(model, tokenizer, prompt, arguments) for prompt in prompts)
+    speed = count / (time.perf_counter() - start)
+    print(f"{count} tokens, {speed:.1f} tokens/s, peak memory {_peak_memory(model.device)}", file=sys.stderr)
+
+
+def _prompts(options: argparse.Namespace) -> list[str]:
+    if options.prompt:
+        return options.prompt
+    text = options.prompt_file.read_text(encoding="utf-8") if options.prompt_file else sys.stdin.read()
+    if not text.removesuffix("\n"):
+        raise InputError("no prompt: give --prompt TEXT, --prompt-file FILE, or text on standard input")
+    return [text.removesuffix("\n")]
+
+
+def _print_continuation(
+    model: OpenLlamaForCausalLM, tokenizer: OpenLlamaTokenizer, prompt: str, arguments: dict[str, Any]
+) -> int:
+    """Print ``prompt`` and its continuation, token by token where there is one; the number of tokens made."""
+    config = arguments["generation_config"]
+    if config.num_beams > 1 or config.num_return_sequences > 1:
+        [texts], count = _continue(model, tokenizer, [prompt], arguments)
+        print(*(prompt + text for text in texts), sep="\n\n", end="\n\n")
+        return count
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    tokens = model.stream(ids, **arguments)
+    print(prompt, end="", flush=True)
+    count = -1  # the last piece is no token's
+    for piece in decoded(tokenizer, ids[0].tolist(), tokens):
+        print(piece, end="", flush=True)
+        count += 1
+    print("\n", flush=True)
+    return count
+
+
+def _continue(
+    model: OpenLlamaForCausalLM, tokenizer: OpenLlamaTokenizer, prompts: Sequence[str], arguments: dict[str, Any]
+) -> tuple[list[list[str]], int]:
+    """The continuations of each prompt, computed together, and the number of tokens in them."""
+    rows = [torch.tensor(tokenizer.encode(prompt)) for prompt in prompts]
+    ids = pad_sequence(rows, batch_first=True, padding_side="left")
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+    config: GenerationConfig = arguments["generation_config"].replace(return_dict_in_generate=False)
+    output = model.generate(ids, attention_mask=mask, **{**arguments, "generation_config": config})
+    copies = config.num_return_sequences
+    texts: list[list[str]] = [[] for _ in prompts]
+    count = 0
+    for index, made in enumerate(output[:, ids.shape[1] :].tolist()):
+        ends = [made.index(eos) + 1 for eos in config.eos_token_ids if eos in made]
+        made = made[: min(ends, default=None)]
+        count += len(made)
+        texts[index // copies].append("".join(decoded(tokenizer, rows[index // copies].tolist(), made)))
+    return texts, count
+
+
+def _generate_lines(
+    model: OpenLlamaForCausalLM, tokenizer: OpenLlamaTokenizer, arguments: dict[str, Any], options: argparse.Namespace
+) -> int:
+    """Answer every line in batches, in order; the number of tokens made."""
+    several = arguments["generation_config"].num_return_sequences > 1
+    count = 0
+    with contextlib.ExitStack() as stack:
+        source = sys.stdin if str(options.jsonl) == "-" else stack.enter_context(options.jsonl.open(encoding="utf-8"))
+        sink = stack.enter_context(options.output.open("w", encoding="utf-8")) if options.output else sys.stdout
+        lines = list(_read_lines(source, tokenizer, skip=options.on_error == "skip"))
+        bar = stack.enter_context(tqdm(total=len(lines), unit="prompt", file=sys.stderr))
+        for start in range(0, len(lines), options.batch_size):
+            batch = lines[start : start + options.batch_size]
+            texts, made = _continue(model, tokenizer, [line["prompt"] for line in batch], arguments)
+            for line, continuations in zip(batch, texts, strict=True):
+                answer = {"texts": continuations} if several else {"text": continuations[0]}
+                print(json.dumps({**line, **answer}, ensure_ascii=False), file=sink, flush=True)
+            count += made
+            bar.update(len(batch))
+    return count
+
+
+def _read_lines(source: TextIO, tokenizer: OpenLlamaTokenizer, skip: bool) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file; one that holds no prompt is an error, or told of and left out."""
+    for number, line in enumerate(source, start=1):
+        try:
+            entry = json.loads(line)
+            if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+                raise ValueError('it is no object with a "prompt" that is text')
+            if not tokenizer.encode(entry["prompt"]):
+                raise ValueError("its prompt is empty")
+        except ValueError as error:
+            what = f"not JSON: {error}" if isinstance(error, json.JSONDecodeError) else error
+            problem = f"line {number}: {what}"
+            if not skip:
+                raise InputError(f"{problem}; --on-error skip goes on") from error
+            print(f"skipped {problem}", file=sys.stderr)
+        else:
+            yield entry
+
+
+def _peak_memory(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 2**20:.0f} MiB of {torch.cuda.get_device_name(device)}"
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f} MiB"

@@ -1,0 +1,137 @@
+"""Guess several tokens ahead cheaply, then check them all with one forward pass.
+
+The text is "a b", the guess "c d e". One pass over "b c d e" gives what the model itself would pick after
+b, c, d and e. If that is c, d, x, y, then c and d were right, x corrects e, and three tokens have cost one
+pass. Every token is the model's own pick given the text before it, so greedy search makes the same ids
+as without guessing, and sampling draws from the same distribution. (Rounding apart; and a dynamic-NTK
+model beyond its trained length rotates keys by the length they were computed at, so it may differ there.)
+
+Guesses come from an assistant, a smaller model with the same vocabulary (Leviathan et al. 2023), or, for
+prompt lookup, from the text itself: what followed the last time it ended like this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from openllama.generation.loop import Texts, pick
+from openllama.generation.outputs import Step
+from openllama.generation.processors import apply
+from openllama.generation.request import Request
+from openllama.outputs import CausalLMOutput
+
+if TYPE_CHECKING:
+    from openllama.heads import OpenLlamaForCausalLM
+
+
+@torch.no_grad()
+def decode(texts: Texts, request: Request) -> Iterator[Step]:
+    """Yield the next token of the one text, (1,), until it has ended or reached the length."""
+    source = Lookup(request) if request.assistant is None else Assistant(request.assistant, request)
+    while texts.length < request.config.max_length:
+        start = texts.length
+        guess = source.guess(texts.ids, request.config.max_length - start - 1)  # (n,)
+        texts.append(guess)
+        logits, output = texts.forward(keep=len(guess) + 1)
+        scores = _process(texts.ids, logits, request)  # (n + 1, V)
+        picked = pick(scores, request.config.do_sample, request.generator)
+        right = int((guess == picked[:-1]).cumprod(dim=0).sum())
+        source.learn(right)
+        texts.crop(start + right)
+        texts.append(picked[right])
+
+        for index, token in enumerate(picked[: right + 1, None]):
+            step = _step(token, scores[index, None], logits, output, index)
+            ended = bool(request.ended(texts.ids[:, : start + index + 1], step.scores))
+            if ended and index < right:
+                texts.crop(start + index)
+                texts.append(token)
+            yield step
+            if ended:
+                return
+
+
+class Lookup:
+    """Guesses what followed the text's ending when it last came before.
+
+    4 5 6 7 4 5 and 2 tokens wanted: after the earlier 4 5 came 6 7. An ending of
+    ``max_matching_ngram_size`` tokens is looked for first, then shorter ones.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.count = request.config.prompt_lookup_num_tokens or 0
+        self.longest = request.config.max_matching_ngram_size
+
+    def guess(self, ids: Tensor, room: int) -> Tensor:
+        """Up to ``room`` tokens, (n,), to follow ids (1, L); none where nothing recurs."""
+        text = ids[0]
+        for size in range(min(self.longest, len(text) - 1), 0, -1):
+            found = (text[:-1].unfold(0, size, 1) == text[-size:]).all(dim=1).nonzero()
+            if len(found):
+                begin = int(found[-1]) + size
+                return text[begin : begin + min(self.count, room)]
+        return text[:0]
+
+    def learn(self, right: int) -> None:
+        """Nothing: how far it looks is a setting."""
+
+
+class Assistant:
+    """A smaller model that guesses greedily, with a cache of its own.
+
+    It tries 5 tokens at first; 2 more after a guess that was right throughout, else one less.
+    """
+
+    def __init__(self, model: OpenLlamaForCausalLM, request: Request) -> None:
+        config = request.config.replace(output_attentions=False, output_hidden_states=False)
+        mask = request.attention_mask[:, -request.input_ids.shape[1] :]
+        self.request = replace(request, config=config, attention_mask=mask, past=None)
+        self.texts, self.count = Texts(model, self.request), 5
+
+    def guess(self, ids: Tensor, room: int) -> Tensor:
+        """Up to ``room`` tokens, (n,), to follow ids (1, L), and none after one that ends the text."""
+        length = ids.shape[1]
+        known = min(self.texts.length, length - 1)
+        self.texts.crop(known)  # what came after was guessed, and may have been wrong
+        self.texts.append(ids[:, known:])
+        for _ in range(min(self.count, room)):
+            logits, _ = self.texts.forward()
+            token = apply(self.request.processors, self.texts.ids, logits[:, -1]).argmax(dim=-1)
+            self.texts.append(token)
+            if int(token) in self.request.config.eos_token_ids:
+                break
+        return self.texts.ids[0, length:]
+
+    def learn(self, right: int) -> None:
+        """Set how many tokens to guess next, knowing how many of the last were right."""
+        self.count = max(1, self.count + (2 if right == self.count else -1))
+
+
+def _process(ids: Tensor, logits: Tensor, request: Request) -> Tensor:
+    """Scores (n, V) from logits (1, n, V) of the last n tokens of ids, each seeing the text up to its token."""
+    processors = [*request.processors, *request.warpers]
+    first = ids.shape[1] - logits.shape[1] + 1
+    return torch.cat([apply(processors, ids[:, : first + i], logits[:, i]) for i in range(logits.shape[1])])
+
+
+def _step(token: Tensor, scores: Tensor, logits: Tensor, output: CausalLMOutput, index: int) -> Step:
+    """The step of logits (1, n, V) number ``index``, with its part of a forward pass over several tokens.
+
+    A pass over a prompt of 3 and a guess of 2 is shared out as 3, 1, 1.
+    """
+    attentions, states = output.attentions, output.hidden_states
+    behind = logits.shape[1] - 1 - index  # tokens of the guess that come after
+    if states is not None:
+        length = states[0].shape[1]
+        begin = 0 if index == 0 else length - behind - 1
+        states = tuple(layer[:, begin : length - behind] for layer in states)
+    if attentions is not None:
+        length, keys = attentions[0].shape[2:]
+        begin = 0 if index == 0 else length - behind - 1
+        attentions = tuple(layer[:, :, begin : length - behind, : keys - behind] for layer in attentions)
+    return Step(token, scores, logits[:, index], attentions, states)

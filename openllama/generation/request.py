@@ -1,0 +1,235 @@
+"""A call of ``generate``, checked before any forward pass and settled: what is read, what is wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from openllama.cache import Cache, GrowingCache, KeyValue, as_cache
+from openllama.errors import InputError
+from openllama.generation.config import GenerationConfig, as_list
+from openllama.generation.processors import all_processors
+from openllama.generation.stopping import StoppingCriterion, max_time, stopped
+from openllama.generation.warpers import LogitsProcessor, warpers_for
+from openllama.inputs import check_attention_mask, check_input_ids, check_inputs_embeds
+
+if TYPE_CHECKING:
+    from openllama.heads import OpenLlamaForCausalLM
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything one generation needs."""
+
+    input_ids: Tensor  # (B, L), begins the output
+    attention_mask: Tensor  # (B, S), over cached tokens and prompt
+    config: GenerationConfig  # its max_length is settled
+    inputs_embeds: Tensor | None = None  # (B, E, C), computed in place of the prompt's ids
+    past: Cache | None = None
+    processors: Sequence[LogitsProcessor] = ()
+    warpers: Sequence[LogitsProcessor] = ()  # of sampling, after the processors
+    stopping: Sequence[StoppingCriterion] = ()
+    generator: torch.Generator | None = None
+    assistant: OpenLlamaForCausalLM | None = None
+
+    def ended(self, ids: Tensor, scores: Tensor) -> Tensor:
+        """Which texts (B, L) end with their last token, picked by ``scores``; (B,)."""
+        eos = ids.new_tensor(self.config.eos_token_ids)
+        return torch.isin(ids[:, -1], eos) | stopped(self.stopping, ids, scores)
+
+    def repeated(self, copies: int) -> Request:
+        """Each prompt ``copies`` times, next to each other: rows a, b -> a, a, b, b; the past is copied."""
+        if copies == 1:
+            return self
+        rows = torch.arange(len(self.input_ids), device=self.input_ids.device).repeat_interleave(copies)
+        return replace(
+            self,
+            input_ids=self.input_ids[rows],
+            attention_mask=self.attention_mask[rows],
+            inputs_embeds=None if self.inputs_embeds is None else self.inputs_embeds[rows],
+            past=None if self.past is None else GrowingCache(self.past).reorder(rows),
+        )
+
+
+def prepare(
+    model: OpenLlamaForCausalLM,
+    input_ids: Tensor | None = None,
+    *,
+    attention_mask: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    past_key_values: Cache | Sequence[KeyValue] | None = None,
+    generation_config: GenerationConfig | None = None,
+    logits_processor: Iterable[LogitsProcessor] | None = None,
+    stopping_criteria: Iterable[StoppingCriterion] | None = None,
+    assistant_model: OpenLlamaForCausalLM | None = None,
+    generator: torch.Generator | None = None,
+    **options: Any,
+) -> Request:
+    """Check a call of ``generate`` before any forward pass; raises ``InputError``.
+
+    ``input_ids`` (B, L) is the prompt; without one the text begins with the bos id. ``attention_mask``
+    (B, L) marks padding with 0; by default the config's padding id is padding. ``inputs_embeds``
+    (B, E, C) is computed in place of the ids. ``past_key_values`` holds the prompt's first tokens; a
+    ``PreallocatedCache`` with room for all tokens is used itself, another past is copied.
+    ``generation_config`` replaces the model's own, ``options`` are fields of it. ``logits_processor``
+    are applied after the configured ones and before the warpers of sampling. ``stopping_criteria`` are
+    asked after each token. ``assistant_model`` guesses tokens ahead. ``generator`` draws the tokens;
+    None is torch's global one.
+    """
+    config = (generation_config or model.generation_config).replace(**options)
+    if input_ids is None:
+        if config.bos_token_id is None:
+            raise InputError("give input_ids, or a bos_token_id to begin with")
+        batch = 1 if inputs_embeds is None else inputs_embeds.shape[0]
+        input_ids = torch.full((batch, 1), config.bos_token_id)
+    check_input_ids(input_ids, model.config.vocab_size)
+    input_ids = input_ids.to(model.device, torch.long)
+    if inputs_embeds is not None:
+        check_inputs_embeds(inputs_embeds, model.config.hidden_size)
+        config = config.replace(use_cache=True)  # they cannot be computed again from ids
+    past = None if past_key_values is None else as_cache(past_key_values, len(input_ids), model.config, model.dtype)
+    config = _settle_length(config, input_ids.shape[1])
+    request = Request(
+        input_ids=input_ids,
+        attention_mask=_prompt_mask(input_ids, attention_mask, inputs_embeds, past, config).to(model.device),
+        config=config,
+        inputs_embeds=inputs_embeds,
+        past=past,
+        processors=all_processors(config, input_ids.shape[1], logits_processor or ()),
+        warpers=warpers_for(config),
+        stopping=[*([max_time(config.max_time)] if config.max_time is not None else []), *(stopping_criteria or ())],
+        generator=generator,
+        assistant=assistant_model,
+    )
+    _check_ids(config, model.config.vocab_size)
+    _check_padding(request, model.config.vocab_size)
+    _check_combination(request)
+    _check_guessing(request, model.config.vocab_size)
+    return request.repeated(config.num_return_sequences if config.do_sample else 1)
+
+
+def _prompt_mask(
+    input_ids: Tensor, mask: Tensor | None, inputs_embeds: Tensor | None, past: Cache | None, config: GenerationConfig
+) -> Tensor:
+    """The padding mask over cached tokens and prompt, given or inferred, (B, S).
+
+    With n tokens cached, the ids may be the whole text, or only what is new if the mask covers both.
+    """
+    batch, length = input_ids.shape if inputs_embeds is None else inputs_embeds.shape[:2]
+    cached = 0 if past is None else past.get_seq_length()
+    if mask is None and inputs_embeds is not None:
+        mask = input_ids.new_ones(batch, cached + length)
+    elif mask is None:
+        mask = _infer_mask(input_ids, config)
+    width = mask.shape[-1]
+    if width <= cached:
+        raise InputError(
+            f"past_key_values holds {cached} tokens, the prompt covers {width}: give the cached and the new tokens "
+            "as input_ids, or only the new ones and an attention_mask over both"
+        )
+    full = cached + length if width == cached + length else length
+    check_attention_mask(mask, batch, full - cached, full)
+    if mask.ndim != 2:
+        raise InputError(f"generate takes a padding mask ({batch}, {full}), got {tuple(mask.shape)}")
+    return mask
+
+
+def _infer_mask(input_ids: Tensor, config: GenerationConfig) -> Tensor:
+    """Padding ids are padding, unless the same id also ends a text; as transformers infers it."""
+    if config.pad_token_id is None or config.pad_token_id in config.eos_token_ids:
+        return torch.ones_like(input_ids)
+    return (input_ids != config.pad_token_id).to(input_ids.dtype)
+
+
+def _settle_length(config: GenerationConfig, length: int) -> GenerationConfig:
+    """The config with ``max_length`` counting a prompt of ``length`` and its continuation."""
+    if config.max_new_tokens is not None:
+        config = config.replace(max_length=length + config.max_new_tokens)
+    most = config.max_length
+    if most <= length:
+        raise InputError(f"max_length {most} leaves no room after a prompt of {length} tokens; raise it")
+    if (config.min_length or 0) > most:
+        raise InputError(f"min_length {config.min_length} is above the {most} tokens of max_length; lower it")
+    if (config.min_new_tokens or 0) > most - length:
+        raise InputError(f"min_new_tokens {config.min_new_tokens} is above the {most - length} there is room for")
+    return config
+
+
+def _check_ids(config: GenerationConfig, vocab_size: int) -> None:
+    """Every id in the settings is one of the vocabulary's."""
+    named = {
+        "eos_token_id": config.eos_token_ids,
+        "forced_bos_token_id": as_list(config.forced_bos_token_id),
+        "forced_eos_token_id": as_list(config.forced_eos_token_id),
+        "suppress_tokens": config.suppress_tokens or (),
+        "begin_suppress_tokens": config.begin_suppress_tokens or (),
+        "bad_words_ids": [token for word in config.bad_words_ids or () for token in word],
+        "sequence_bias": [token for sequence in config.sequence_bias or () for token in sequence],
+    }
+    for name, ids in named.items():
+        for token in ids:
+            if not 0 <= token < vocab_size:
+                raise InputError(f"{name} {token} is outside the vocabulary of {vocab_size}")
+    if not all(config.bad_words_ids or ()):
+        raise InputError("bad_words_ids has a word of no tokens; give at least one id")
+
+
+def _check_padding(request: Request, vocab_size: int) -> None:
+    """A text that ends before others is followed by padding, which the model must be able to read."""
+    config = request.config
+    rows = len(request.input_ids) * config.num_beams * config.num_return_sequences
+    if rows > 1 and (config.eos_token_ids or request.stopping) and not 0 <= config.padding_id < vocab_size:
+        raise InputError(
+            f"pad_token_id {config.padding_id} is outside the vocabulary of {vocab_size}; it pads texts that end early"
+        )
+
+
+def _check_combination(request: Request) -> None:
+    """Settings that contradict each other."""
+    config, beams, groups = request.config, request.config.num_beams, request.config.num_beam_groups
+    several = config.num_return_sequences
+    if beams == 1 and several > 1 and not config.do_sample:
+        raise InputError(f"num_return_sequences {several} would be all the same; use do_sample=True or num_beams")
+    if beams > 1 and several > beams and not config.do_sample:
+        raise InputError(f"num_return_sequences {several} is more than num_beams {beams}; use more beams")
+    if beams % groups:
+        raise InputError(f"num_beams {beams} is not divisible by num_beam_groups {groups}")
+    if groups > 1 and config.do_sample:
+        raise InputError(f"num_beam_groups {groups} cannot be combined with do_sample=True; use one of them")
+    if (groups > 1) != bool(config.diversity_penalty):
+        raise InputError(
+            f"diversity_penalty {config.diversity_penalty} with num_beam_groups {groups}: "
+            "groups need a penalty above 0, or all are alike, and a penalty needs groups"
+        )
+    if config.penalty_alpha:
+        if beams > 1 or config.do_sample or not config.use_cache:
+            raise InputError("penalty_alpha needs num_beams=1, do_sample=False and use_cache=True")
+        if not config.top_k or config.top_k < 2:
+            raise InputError(f"contrastive search (penalty_alpha) compares top_k >= 2 tokens, got {config.top_k}")
+        if request.past is not None:
+            raise InputError("contrastive search compares with the whole prompt; give it without past_key_values")
+    if config.exponential_decay_length_penalty is not None and not config.eos_token_ids:
+        raise InputError("exponential_decay_length_penalty needs an eos_token_id")
+
+
+def _check_guessing(request: Request, vocab_size: int) -> None:
+    """Assisted decoding and prompt lookup: what they cannot be combined with."""
+    config, assistant = request.config, request.assistant
+    name = "prompt_lookup_num_tokens" if assistant is None else "assistant_model"
+    if assistant is None and config.prompt_lookup_num_tokens is None:
+        return
+    if assistant is not None and config.prompt_lookup_num_tokens is not None:
+        raise InputError("give either assistant_model or prompt_lookup_num_tokens, not both")
+    if config.num_beams > 1 or config.penalty_alpha:
+        raise InputError(f"{name} serves greedy search and sampling, not num_beams or penalty_alpha")
+    if len(request.input_ids) * config.num_return_sequences > 1:
+        rows = f"{len(request.input_ids)} prompts and num_return_sequences {config.num_return_sequences}"
+        raise InputError(f"{name} continues one text at a time, got {rows}")
+    if not config.use_cache or request.inputs_embeds is not None:
+        raise InputError(f"{name} needs use_cache=True and input_ids instead of inputs_embeds")
+    if assistant is not None and assistant.config.vocab_size != vocab_size:
+        raise InputError(f"assistant_model has a vocabulary of {assistant.config.vocab_size}, the model {vocab_size}")

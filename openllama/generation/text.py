@@ -1,0 +1,92 @@
+"""Text in and out: streams of characters, stop strings, scores of texts. The loop itself knows ids only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from openllama.errors import InputError
+from openllama.generation.score import Score, score
+from openllama.generation.stopping import StoppingCriterion
+from openllama.tokenizer import OpenLlamaTokenizer, StreamDecoder
+
+if TYPE_CHECKING:
+    from openllama.heads import OpenLlamaForCausalLM
+
+
+def stream_text(
+    model: OpenLlamaForCausalLM,
+    tokenizer: OpenLlamaTokenizer,
+    prompt: str,
+    stop_strings: Sequence[str] = (),
+    **arguments: Any,
+) -> Iterator[str]:
+    """The continuation of ``prompt`` as it is made, whole characters at a time, up to the first stop string.
+
+    ``arguments`` are those of ``generate``, and are checked at once.
+    """
+    _check(stop_strings)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    return until(decoded(tokenizer, ids[0].tolist(), model.stream(ids, **arguments)), stop_strings)
+
+
+def decoded(tokenizer: OpenLlamaTokenizer, prompt: Iterable[int], tokens: Iterable[Tensor | int]) -> Iterator[str]:
+    """What each token, an id or (1,), adds to the text that begins with ``prompt``, whose own text is left out."""
+    decoder = StreamDecoder(tokenizer)
+    for token_id in prompt:
+        decoder.push(token_id)  # what a token shows depends on what stands before it
+    for token in tokens:
+        yield decoder.push(int(token))
+    yield decoder.finish()
+
+
+def until(pieces: Iterable[str], stop_strings: Sequence[str]) -> Iterator[str]:
+    """Pass text on up to the first stop string, without it; what may be the beginning of one waits.
+
+    Pieces "user", ":", "x" and stop string "user:" give nothing; "use", "d" give "", "used".
+    """
+    waiting = ""
+    for piece in pieces:
+        waiting += piece
+        found = [waiting.index(stop) for stop in stop_strings if stop in waiting]
+        if found:
+            yield waiting[: min(found)]
+            return
+        sure = len(waiting) - _held(waiting, stop_strings)
+        yield waiting[:sure]
+        waiting = waiting[sure:]
+    yield waiting
+
+
+def stop_at(tokenizer: OpenLlamaTokenizer, stop_strings: Sequence[str], prompt_length: int) -> StoppingCriterion:
+    """A criterion that ends each text whose continuation contains one of the strings; for batches and beams.
+
+    The string stays in the ids; ``"".join(until([text], stop_strings))`` cuts a text before it.
+    """
+    _check(stop_strings)
+
+    def criterion(input_ids: Tensor, scores: Tensor) -> Tensor:
+        texts = tokenizer.batch_decode(input_ids[:, prompt_length:], skip_special_tokens=True)
+        return input_ids.new_tensor([any(stop in text for stop in stop_strings) for text in texts]).bool()
+
+    return criterion
+
+
+def score_texts(
+    model: OpenLlamaForCausalLM, tokenizer: OpenLlamaTokenizer, texts: Sequence[str], batch_size: int = 8
+) -> list[Score]:
+    """Log-probabilities and perplexity of texts, encoded as the tokenizer is set to; see ``score``."""
+    return score(model, tokenizer(texts).input_ids, batch_size)
+
+
+def _held(text: str, stop_strings: Sequence[str]) -> int:
+    """Length of the longest ending of ``text`` that begins a stop string: "abc" and "cd" have 1."""
+    beginnings = (stop[:size] for stop in stop_strings for size in range(1, len(stop)))
+    return max((len(beginning) for beginning in beginnings if text.endswith(beginning)), default=0)
+
+
+def _check(stop_strings: Sequence[str]) -> None:
+    if isinstance(stop_strings, str) or not all(stop_strings):
+        raise InputError(f"stop_strings must be a list of strings that are not empty, got {stop_strings!r}")

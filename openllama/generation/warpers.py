@@ -1,0 +1,138 @@
+"""Warpers: processors that reshape the distribution that sampling draws from, mostly by cutting its tail.
+
+Pure functions of (input_ids (B, L), scores (B, V)) that return new scores; -inf is a token that cannot
+be drawn. Arithmetic and order are those of transformers 4.31.0, so that the same seed draws the same
+tokens. ``keep`` tokens always stay: 1, or 2 for beams, which need one that does not end the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from openllama.generation.config import GenerationConfig
+
+LogitsProcessor: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+
+def temperature(value: float) -> LogitsProcessor:
+    """Divide the scores: 0.5 doubles every difference."""
+    return lambda input_ids, scores: scores / value
+
+
+def top_k(count: int, keep: int = 1) -> LogitsProcessor:
+    """Keep the ``count`` highest scores, and any that tie with the last of them."""
+    return lambda input_ids, scores: _drop(scores, scores < _nth_highest(scores, max(count, keep)))
+
+
+def top_p(mass: float, keep: int = 1) -> LogitsProcessor:
+    """Keep the likeliest tokens that together reach probability ``mass`` (Holtzman et al. 2020).
+
+    Probabilities 0.5, 0.3, 0.2 and mass 0.7: the tail 0.2 is at most 1 - 0.7 and goes; 0.2 + 0.3 is
+    more, so 0.3 stays. The likeliest token always stays.
+    """
+
+    def process(input_ids: Tensor, scores: Tensor) -> Tensor:
+        ascending, order = scores.sort(descending=False)
+        drop = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - mass
+        drop[:, -keep:] = False
+        return _drop(scores, drop.scatter(1, order, drop))
+
+    return process
+
+
+def min_p(share: float, keep: int = 1) -> LogitsProcessor:
+    """Drop tokens less likely than ``share`` of the likeliest (Nguyen et al. 2024).
+
+    Probabilities 0.6, 0.3, 0.1 and share 0.25: the bar is 0.15, and 0.1 goes. As in transformers >= 4.39.
+    """
+
+    def process(input_ids: Tensor, scores: Tensor) -> Tensor:
+        probabilities = scores.softmax(dim=-1)
+        bar = share * probabilities.amax(dim=-1, keepdim=True)
+        return _drop(scores, (probabilities < bar).scatter(1, scores.topk(min(keep, scores.shape[-1])).indices, False))
+
+    return process
+
+
+def typical_p(mass: float, keep: int = 1) -> LogitsProcessor:
+    """Keep the tokens whose surprise -log p is nearest the expected one, to ``mass`` (Meister et al. 2022).
+
+    Probabilities 0.5, 0.3, 0.2: surprises 0.69, 1.20, 1.61, expected 1.03; distances 0.34, 0.17, 0.58.
+    In the order 0.3, 0.5, 0.2, mass 0.6 is reached by the first two, and 0.2 goes.
+    """
+
+    def process(input_ids: Tensor, scores: Tensor) -> Tensor:
+        log_p = scores.log_softmax(dim=-1)
+        expected = -(log_p * log_p.exp()).nansum(dim=-1, keepdim=True)
+        distance, order = (-log_p - expected).abs().sort(descending=False)
+        reached = scores.gather(1, order).softmax(dim=-1).cumsum(dim=-1)
+        last = (reached < mass).sum(dim=1, keepdim=True).clamp(max=scores.shape[-1] - 1)
+        drop = distance > distance.gather(1, last)
+        drop[:, :keep] = False
+        return _drop(scores, drop.scatter(1, order, drop))
+
+    return process
+
+
+def epsilon_cutoff(least: float, keep: int = 1) -> LogitsProcessor:
+    """Drop tokens less likely than ``least`` (Hewitt et al. 2022): 0.5, 0.3, 0.2 and 0.25 lose the last."""
+    return lambda input_ids, scores: _drop(
+        scores, (scores.softmax(dim=-1) < least) & (scores < _nth_highest(scores, keep))
+    )
+
+
+def eta_cutoff(least: float, keep: int = 1) -> LogitsProcessor:
+    """``epsilon_cutoff`` with a lower bar where the distribution is flat (Hewitt et al. 2022).
+
+    The bar is min(least, sqrt(least) * exp(-entropy)): for 0.5, 0.3, 0.2 (entropy 1.03) and least 0.25
+    it is 0.5 * 0.357 = 0.18, so that all stay.
+    """
+
+    def process(input_ids: Tensor, scores: Tensor) -> Tensor:
+        entropy = torch.distributions.Categorical(logits=scores).entropy()
+        limit = torch.tensor(least, device=scores.device)
+        bar = torch.minimum(limit, limit.sqrt() * (-entropy).exp())[:, None]
+        return _drop(scores, (scores.softmax(dim=-1) < bar) & (scores < _nth_highest(scores, keep)))
+
+    return process
+
+
+def log_normalize(input_ids: Tensor, scores: Tensor) -> Tensor:
+    """Scores as log-probabilities: their exponentials sum to 1."""
+    return scores.log_softmax(dim=-1)
+
+
+def warpers_for(config: GenerationConfig) -> list[LogitsProcessor]:
+    """The warpers a config asks for, in the order they apply; only sampling has any."""
+    if not config.do_sample:
+        return []
+    keep = 2 if config.num_beams > 1 else 1
+    warpers = []
+    if config.temperature not in (None, 1.0):
+        warpers.append(temperature(config.temperature))
+    if config.top_k:
+        warpers.append(top_k(config.top_k, keep))
+    if config.top_p not in (None, 1.0):
+        warpers.append(top_p(config.top_p, keep))
+    if config.min_p:
+        warpers.append(min_p(config.min_p, keep))
+    if config.typical_p not in (None, 1.0):
+        warpers.append(typical_p(config.typical_p, keep))
+    if config.epsilon_cutoff:
+        warpers.append(epsilon_cutoff(config.epsilon_cutoff, keep))
+    if config.eta_cutoff:
+        warpers.append(eta_cutoff(config.eta_cutoff, keep))
+    return [*warpers, log_normalize] if config.renormalize_logits else warpers
+
+
+def _nth_highest(scores: Tensor, count: int) -> Tensor:
+    """The ``count``-th highest score of each row, (B, 1); the lowest where there are not so many."""
+    return scores.topk(min(count, scores.shape[-1])).values[:, -1:]
+
+
+def _drop(scores: Tensor, unwanted: Tensor) -> Tensor:
+    return scores.masked_fill(unwanted, -torch.inf)

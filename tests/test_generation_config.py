@@ -1,0 +1,143 @@
+"""The settings: their file, what each may be, and which contradict each other."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from openllama.errors import ConfigError, InputError
+from openllama.generation import GenerationConfig
+from tests.generating import count_forwards, make_model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+def test_it_round_trips_with_the_keys_it_does_not_know(tmp_path):
+    config = GenerationConfig(
+        max_length=50,
+        eos_token_id=[2, 3],
+        sequence_bias={(1, 2): -3.0, (4,): 1.5},
+        exponential_decay_length_penalty=(3, 1.1),
+        early_stopping="never",
+        extra={"transformers_version": "4.31.0"},
+    )
+    config.save_pretrained(tmp_path)
+    assert GenerationConfig.from_pretrained(tmp_path) == config
+
+
+def test_a_file_that_is_not_json_is_refused_with_its_path(tmp_path):
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"generation_config\.json"):
+        GenerationConfig.from_pretrained(tmp_path)
+
+
+def test_a_file_with_an_impossible_value_is_refused_with_its_path(tmp_path):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"top_p": 3}))
+    with pytest.raises(ConfigError, match=r"generation_config\.json: top_p"):
+        GenerationConfig.from_pretrained(tmp_path)
+
+
+def test_none_switches_off_what_may_be_off():
+    off = {"temperature": None, "top_k": None, "top_p": None, "typical_p": None, "repetition_penalty": None}
+    assert GenerationConfig(**off).top_k is None
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("temperature", (0, -1.0, float("nan"), "hot")),
+        ("top_k", (-1, 2.5)),
+        ("top_p", (0, 1.5, -0.1)),
+        ("typical_p", (0, 2)),
+        ("min_p", (-0.1, 1.1)),
+        ("epsilon_cutoff", (-0.1, 1.0)),
+        ("eta_cutoff", (-0.1, 1.0)),
+        ("repetition_penalty", (0, -2, float("inf"))),
+        ("penalty_alpha", (-0.1, 1.1)),
+        ("diversity_penalty", (-1,)),
+        ("length_penalty", (float("nan"), None)),
+        ("max_time", (0, -3)),
+        ("min_length", (-1, 0.5)),
+        ("min_new_tokens", (-1,)),
+        ("no_repeat_ngram_size", (-1,)),
+        ("max_new_tokens", (0,)),
+        ("num_beams", (0, None)),
+        ("num_beam_groups", (0,)),
+        ("num_return_sequences", (0,)),
+        ("prompt_lookup_num_tokens", (0,)),
+        ("early_stopping", ("always", None)),
+        ("sequence_bias", ({(): 1.0}, {3: 1.0}, [[1, 2, 3]])),
+    ],
+)
+def test_impossible_values_are_refused_by_name(field, values):
+    for value in values:
+        with pytest.raises(InputError, match=field):
+            GenerationConfig(**{field: value})
+
+
+def test_the_message_for_temperature_zero_says_what_to_do():
+    with pytest.raises(InputError, match=r"do_sample=False.*got 0"):
+        GenerationConfig(temperature=0)
+
+
+ONE, TWO = torch.tensor([[5, 9, 13]]), torch.tensor([[5, 9, 13], [7, 2, 30]])
+
+
+@pytest.mark.parametrize(
+    ("ids", "options", "message"),
+    [
+        (ONE, {"num_return_sequences": 2}, "num_return_sequences 2 .* do_sample=True"),
+        (ONE, {"num_return_sequences": 3, "num_beams": 2}, "num_return_sequences 3 .* num_beams 2"),
+        (ONE, {"num_beams": 4, "num_beam_groups": 3, "diversity_penalty": 1.0}, "num_beams 4 .* num_beam_groups 3"),
+        (ONE, {"num_beams": 2, "num_beam_groups": 4, "diversity_penalty": 1.0}, "num_beams 2 .* num_beam_groups 4"),
+        (ONE, {"num_beams": 4, "num_beam_groups": 2}, r"diversity_penalty 0\.0"),
+        (ONE, {"num_beams": 4, "diversity_penalty": 1.0}, r"diversity_penalty 1\.0 with num_beam_groups 1"),
+        (ONE, {"num_beams": 2, "num_beam_groups": 2, "diversity_penalty": 1.0, "do_sample": True}, "do_sample"),
+        (ONE, {"penalty_alpha": 0.5, "num_beams": 2}, "penalty_alpha"),
+        (ONE, {"penalty_alpha": 0.5, "do_sample": True}, "penalty_alpha"),
+        (ONE, {"penalty_alpha": 0.5, "use_cache": False}, "use_cache"),
+        (ONE, {"penalty_alpha": 0.5, "top_k": 1}, "top_k >= 2 tokens, got 1"),
+        (ONE, {"exponential_decay_length_penalty": (1, 1.1)}, "eos_token_id"),
+        (ONE, {"prompt_lookup_num_tokens": 3, "num_beams": 2}, "prompt_lookup_num_tokens"),
+        (ONE, {"prompt_lookup_num_tokens": 3, "use_cache": False}, "use_cache"),
+        (TWO, {"prompt_lookup_num_tokens": 3}, "one text at a time, got 2 prompts"),
+        (ONE, {"prompt_lookup_num_tokens": 3, "do_sample": True, "num_return_sequences": 2}, "sequences 2"),
+        (ONE, {"min_length": 6}, "min_length 6 .* 5 tokens"),
+        (ONE, {"min_new_tokens": 3}, "min_new_tokens 3 .* 2"),
+        (ONE, {"eos_token_id": 40}, "eos_token_id 40 .* 40"),
+        (ONE, {"bad_words_ids": [[3, 41]]}, "bad_words_ids 41"),
+        (ONE, {"bad_words_ids": [[]]}, "bad_words_ids"),
+        (ONE, {"suppress_tokens": [-1]}, "suppress_tokens -1"),
+        (ONE, {"sequence_bias": {(3, 44): 1.0}}, "sequence_bias 44"),
+        (ONE, {"forced_eos_token_id": [2, 50]}, "forced_eos_token_id 50"),
+        (TWO, {"eos_token_id": 2, "pad_token_id": -1}, "pad_token_id -1"),
+        (ONE, {"temprature": 1.0}, "temprature"),
+    ],
+)
+def test_contradictions_are_refused_before_any_forward_pass(model, ids, options, message):
+    calls: list[int] = []
+    handle = count_forwards(model, calls)
+    with pytest.raises(InputError, match=message):
+        model.generate(ids, max_new_tokens=2, **options)
+    handle.remove()
+    assert calls == []
+
+
+def test_beams_are_not_streamed(model):
+    for call in (lambda: model.stream(ONE, num_beams=2), lambda: model.generate(ONE, num_beams=2, streamer=object())):
+        with pytest.raises(InputError, match="num_beams=1, got 2"):
+            call()
+
+
+def test_an_assistant_of_another_vocabulary_is_refused(model):
+    with pytest.raises(InputError, match="vocabulary of 41, the model 40"):
+        model.generate(ONE, assistant_model=make_model(vocab_size=41))
+    with pytest.raises(InputError, match="not both"):
+        model.generate(ONE, assistant_model=model, prompt_lookup_num_tokens=2)
+    with pytest.raises(InputError, match="assistant_model serves"):
+        model.generate(ONE, assistant_model=model, num_beams=2)
