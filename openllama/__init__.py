@@ -14,12 +14,13 @@ attention   one formula, three ways to compute it
 outputs     what a forward pass returns
 losses      what training minimises
 surgery     fresh weights, and vocabularies of another size
+tokenizer   text to ids and back
 checkpoint  names, files and conversion
 generation  from logits to tokens
 pretrained  what models inherit: loading and saving
 model       the decoder
 heads       its projection to the vocabulary, or to classes
-tokenizer   text to ids and back
+chat        conversations
 cli         the command line
 """
 

@@ -37,7 +37,7 @@ def test_half_precision_is_as_accurate_as_hf_s(dtype: torch.dtype) -> None:
     @given(
         data=st.data(),
         # past the trained context HF's rotary tables fall apart in half precision, which is not held against it
-        config=configs(max_position_embeddings=24, initializer_range=0.2, vocab_size=64),
+        config=configs(max_position_embeddings=24, initializer_range=0.2),
         seed=seeds,
     )
     @torch.no_grad()
