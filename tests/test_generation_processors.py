@@ -102,8 +102,9 @@ def test_warpers_by_worked_examples(warper, stays):
 
 
 def test_typical_p_of_a_mass_that_rounding_keeps_out_of_reach_keeps_all():
-    scores = torch.full((1, 3), 0.0)
-    assert kept(typical_p(1 - 1e-9)(None, scores)) == [True, True, True]
+    """transformers 4.31.0 raises a RuntimeError: these probabilities sum to a little less than 1 - 1e-9."""
+    scores = torch.randn(1, 40, generator=torch.Generator().manual_seed(199))
+    assert all(kept(typical_p(1 - 1e-9)(None, scores)))
 
 
 def test_temperature_scales_differences():

@@ -57,7 +57,7 @@ def decode(texts: Texts, request: Request) -> Iterator[Step]:
 
 
 class Lookup:
-    """Guesses what followed the text's ending when it last came before.
+    """Guesses what followed the text's ending when it came before.
 
     4 5 6 7 4 5 and 2 tokens wanted: after the earlier 4 5 came 6 7. An ending of
     ``max_matching_ngram_size`` tokens is looked for first, then shorter ones.
@@ -68,13 +68,17 @@ class Lookup:
         self.longest = request.config.max_matching_ngram_size
 
     def guess(self, ids: Tensor, room: int) -> Tensor:
-        """Up to ``room`` tokens, (n,), to follow ids (1, L); none where nothing recurs."""
-        text = ids[0]
+        """Up to ``room`` tokens, (n,), to follow ids (1, L); none where nothing recurs.
+
+        Of several places, the last that as many tokens follow as are wanted, else the first.
+        """
+        text, wanted = ids[0], min(self.count, room)
         for size in range(min(self.longest, len(text) - 1), 0, -1):
-            found = (text[:-1].unfold(0, size, 1) == text[-size:]).all(dim=1).nonzero()
-            if len(found):
-                begin = int(found[-1]) + size
-                return text[begin : begin + min(self.count, room)]
+            matches = (text[:-1].unfold(0, size, 1) == text[-size:]).all(dim=1)
+            ends = [place + size for place in matches.nonzero().flatten().tolist()]
+            if ends:
+                end = max((end for end in ends if end + wanted <= len(text)), default=ends[0])
+                return text[end : end + wanted]
         return text[:0]
 
     def learn(self, right: int) -> None:

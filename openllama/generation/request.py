@@ -71,45 +71,43 @@ def prepare(
 ) -> Request:
     """Check a call of ``generate`` before any forward pass; raises ``InputError``.
 
-    ``input_ids`` (B, L) is the prompt; without one the text begins with the bos id. ``attention_mask``
-    (B, L) marks padding with 0; by default the config's padding id is padding. ``inputs_embeds``
-    (B, E, C) is computed in place of the ids. ``past_key_values`` holds the prompt's first tokens; a
-    ``PreallocatedCache`` with room for all tokens is used itself, another past is copied.
-    ``generation_config`` replaces the model's own, ``options`` are fields of it. ``logits_processor``
-    are applied after the configured ones and before the warpers of sampling. ``stopping_criteria`` are
-    asked after each token. ``assistant_model`` guesses tokens ahead. ``generator`` draws the tokens;
-    None is torch's global one.
+    ``input_ids`` (B, L): the prompt; without one the text begins with the bos id. ``attention_mask`` (B, L):
+    0 for padding, inferred from the padding id. ``inputs_embeds`` (B, E, C): computed in place of the ids.
+    ``past_key_values``: of the prompt's first tokens; a ``PreallocatedCache`` with room for all is used
+    itself, another past is copied. ``generation_config``: instead of the model's own; ``options`` are fields
+    of it. ``logits_processor``: after the configured ones, before the warpers. ``stopping_criteria``: asked
+    after each token. ``assistant_model``: guesses tokens ahead. ``generator``: None is torch's global one.
     """
     config = (generation_config or model.generation_config).replace(**options)
+    input_ids = _prompt_ids(model, input_ids, inputs_embeds, config)
+    if inputs_embeds is not None:
+        config = config.replace(use_cache=True)  # they cannot be computed again from ids
+    config = _settle_length(config, input_ids.shape[1])
+    past = None if past_key_values is None else as_cache(past_key_values, len(input_ids), model.config, model.dtype)
+    mask = _prompt_mask(input_ids, attention_mask, inputs_embeds, past, config).to(model.device)
+    processors, warpers = all_processors(config, input_ids.shape[1], logits_processor or ()), warpers_for(config)
+    stopping = [max_time(config.max_time)] if config.max_time is not None else []
+    stopping += stopping_criteria or ()
+    request = Request(
+        input_ids, mask, config, inputs_embeds, past, processors, warpers, stopping, generator, assistant_model
+    )
+    _check(request, model.config.vocab_size)
+    return request.repeated(config.num_return_sequences if config.do_sample else 1)
+
+
+def _prompt_ids(
+    model: OpenLlamaForCausalLM, input_ids: Tensor | None, inputs_embeds: Tensor | None, config: GenerationConfig
+) -> Tensor:
+    """The ids that begin the output, (B, L): those given, or bos."""
     if input_ids is None:
         if config.bos_token_id is None:
             raise InputError("give input_ids, or a bos_token_id to begin with")
         batch = 1 if inputs_embeds is None else inputs_embeds.shape[0]
         input_ids = torch.full((batch, 1), config.bos_token_id)
     check_input_ids(input_ids, model.config.vocab_size)
-    input_ids = input_ids.to(model.device, torch.long)
     if inputs_embeds is not None:
         check_inputs_embeds(inputs_embeds, model.config.hidden_size)
-        config = config.replace(use_cache=True)  # they cannot be computed again from ids
-    past = None if past_key_values is None else as_cache(past_key_values, len(input_ids), model.config, model.dtype)
-    config = _settle_length(config, input_ids.shape[1])
-    request = Request(
-        input_ids=input_ids,
-        attention_mask=_prompt_mask(input_ids, attention_mask, inputs_embeds, past, config).to(model.device),
-        config=config,
-        inputs_embeds=inputs_embeds,
-        past=past,
-        processors=all_processors(config, input_ids.shape[1], logits_processor or ()),
-        warpers=warpers_for(config),
-        stopping=[*([max_time(config.max_time)] if config.max_time is not None else []), *(stopping_criteria or ())],
-        generator=generator,
-        assistant=assistant_model,
-    )
-    _check_ids(config, model.config.vocab_size)
-    _check_padding(request, model.config.vocab_size)
-    _check_combination(request)
-    _check_guessing(request, model.config.vocab_size)
-    return request.repeated(config.num_return_sequences if config.do_sample else 1)
+    return input_ids.to(model.device, torch.long)
 
 
 def _prompt_mask(
@@ -157,6 +155,13 @@ def _settle_length(config: GenerationConfig, length: int) -> GenerationConfig:
     if (config.min_new_tokens or 0) > most - length:
         raise InputError(f"min_new_tokens {config.min_new_tokens} is above the {most - length} there is room for")
     return config
+
+
+def _check(request: Request, vocab_size: int) -> None:
+    _check_ids(request.config, vocab_size)
+    _check_padding(request, vocab_size)
+    _check_combination(request)
+    _check_guessing(request, vocab_size)
 
 
 def _check_ids(config: GenerationConfig, vocab_size: int) -> None:

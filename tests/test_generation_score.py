@@ -1,0 +1,82 @@
+"""Log-probabilities and perplexity of given texts."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from openllama.errors import InputError
+from openllama.generation import Score, score
+from tests.generating import CONFIG, make_model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+TEXTS = [[5, 9, 13, 2], [7, 21], [3, 30, 8, 1, 12, 39, 4]]
+
+
+@torch.no_grad()
+def test_it_equals_the_models_own_logits_whatever_the_batches(model):
+    for batch_size in (1, 2, 8):
+        for ids, result in zip(TEXTS, score(model, TEXTS, batch_size), strict=True):
+            text = torch.tensor(ids)
+            expected = model(text[None, :-1]).logits[0].log_softmax(-1).gather(1, text[1:, None])[:, 0]
+            torch.testing.assert_close(result.log_probs, expected)
+            assert result.token_ids.tolist() == ids
+            assert result.perplexity == pytest.approx(float(model(text[None], labels=text[None]).loss.exp()))
+
+
+def test_perplexity_by_worked_example():
+    result = Score(torch.tensor([0, 1, 2]), torch.tensor([1 / 2, 1 / 8]).log())
+    assert result.perplexity == pytest.approx(4)
+    assert result.total == pytest.approx(float(torch.tensor(1 / 16).log()))
+
+
+def test_few_logits_exist_at_a_time(model, monkeypatch):
+    sizes = []
+    project = model._project
+    monkeypatch.setattr(model, "_project", lambda hidden: (sizes.append(len(hidden)), project(hidden))[1])
+    whole = [result.log_probs for result in score(model, TEXTS)]
+    assert sizes == [10]
+    sizes.clear()
+    monkeypatch.setattr(sys.modules[score.__module__], "CHUNK_LOGITS", 4 * CONFIG.vocab_size)
+    torch.testing.assert_close([result.log_probs for result in score(model, TEXTS)], whole)
+    assert sizes == [4, 4, 2]
+
+
+def test_under_dynamic_rope_a_text_in_a_batch_scores_as_alone():
+    model = make_model(rope_scaling={"type": "dynamic", "factor": 2.0}, max_position_embeddings=4)
+    together = score(model, TEXTS)
+    alone = [score(model, [text])[0] for text in TEXTS]
+    for left, right in zip(together, alone, strict=True):
+        assert torch.equal(left.log_probs, right.log_probs)
+
+
+def test_half_precision_is_scored_in_single():
+    model = make_model().to(torch.bfloat16)
+    assert score(model, TEXTS)[0].log_probs.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ([[1, 2], [3]], r"text 1 has shape \(1,\).*two tokens"),
+        ([[[1, 2]]], r"text 0 has shape \(1, 2\)"),
+        ([[1, 40]], "40 is outside the vocabulary of 40"),
+        ([[1.0, 2.0]], "integers"),
+    ],
+)
+def test_bad_texts_are_refused(model, texts, message):
+    with pytest.raises(InputError, match=message):
+        score(model, texts)
+    with pytest.raises(InputError, match="batch_size"):
+        score(model, TEXTS, batch_size=0)
+
+
+def test_no_texts_have_no_scores(model):
+    assert score(model, []) == []
