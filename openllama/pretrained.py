@@ -109,6 +109,8 @@ class PretrainedModel(nn.Module):
         """
         size = self.config.vocab_size if new_num_tokens is None else new_num_tokens
         if pad_to_multiple_of is not None:
+            if pad_to_multiple_of < 1:
+                raise InputError(f"pad_to_multiple_of must be at least 1, got {pad_to_multiple_of}")
             size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
         if size != self.config.vocab_size:
             resize_vocabulary(self, size)

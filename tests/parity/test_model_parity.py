@@ -7,6 +7,7 @@ an einsum too.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 from collections import Counter
@@ -94,10 +95,30 @@ def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor], hf: Any) ->
     last = theirs[f"hidden state {hf.config.num_hidden_layers}"]
     assert torch.equal(ours["logits"], F.linear(last, hf.model.embed_tokens.weight))
     assert ours.keys() == theirs.keys()
-    calm = hf.config.initializer_range <= 0.2 and hf.config.hidden_size >= 8
     for name in filter(after_the_head, theirs):
-        if calm or not name.startswith("gradient"):  # elsewhere a backward pass can make much of the last bit
+        if not name.startswith("gradient"):
             torch.testing.assert_close(ours[name], theirs[name], equal_nan=name == "loss")
+
+
+def gradients_that_are_not_close(
+    ours: dict[str, Tensor], theirs: dict[str, Tensor], truth: Callable[[], dict[str, Tensor]]
+) -> list[str]:
+    """Names of gradients outside torch's tolerances for float32.
+
+    About one model in a thousand is so badly conditioned that its backward pass makes 1e-4 of the last
+    bit of a logit. There we must be nearer to HF than HF is to the same gradients in float64.
+    """
+    names = [name for name in theirs if name.startswith("gradient")]
+    far = [name for name in names if not torch.allclose(ours[name], theirs[name], rtol=1.3e-6, atol=1e-5)]
+    exact = truth() if far else {}
+    return [name for name in far if (ours[name] - theirs[name]).norm() > (theirs[name] - exact[name]).norm()]
+
+
+def in_float64(model: Any, batch: Batch) -> dict[str, Tensor]:
+    """Everything about our model and this batch in float64."""
+    wide = copy.deepcopy(model).double()
+    wide.zero_grad()
+    return everything(wide, {k: v.double() if k == "inputs_embeds" else v for k, v in batch.items()})
 
 
 def with_einsum_head(model: Any) -> Any:
@@ -121,8 +142,9 @@ def test_every_value_and_gradient_is_hf_s(
     batch = data.draw(batches(config))
     hf = hf_model(config, seed).train(training)
     ours, einsum = our_twin(hf, config).train(training), with_einsum_head(our_twin(hf, config))
-    theirs = everything(hf, batch)
-    assert_equal(everything(ours, batch), theirs, hf)
+    theirs, values = everything(hf, batch), everything(ours, batch)
+    assert_equal(values, theirs, hf)
+    assert gradients_that_are_not_close(values, theirs, lambda: in_float64(ours, batch)) == []
     assert differences(everything(einsum, batch), theirs) == []
     nan = [name for name, value in theirs.items() if value.isnan().any()]
     assert nan == (["loss"] if length_of(batch) == 1 else [])
