@@ -13,7 +13,8 @@ help:
 
 demo: .venv/.installed
 	$(BIN)/openllama convert checkpoints/open-llama-tiny $(NATIVE) --overwrite
-	$(BIN)/openllama generate $(NATIVE) --prompt "ROMEO:" --prompt "明月" --max-new-tokens 120 --seed 7
+	$(BIN)/openllama generate $(NATIVE) --dtype float32 --prompt "ROMEO:" --prompt "春江花月夜" \
+		--max-new-tokens 100 --temperature 0.7 --seed 10
 
 test: .venv/.installed-test
 	$(BIN)/python -m pytest

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from openllama.errors import CheckpointNotFoundError, ConfigError
 
@@ -26,6 +26,8 @@ class OpenLlamaConfig:
     combination raises ``ConfigError``. Device, dtype and attention backend are arguments of the
     model, not part of its configuration.
     """
+
+    model_type: ClassVar[str] = MODEL_TYPE  # adapters look for it
 
     vocab_size: int = 100000  # V: rows of the embedding table; may exceed the tokenizer's pieces
     hidden_size: int = 4096  # C: width of the residual stream

@@ -79,11 +79,15 @@ class OpenLlamaForCausalLM(PretrainedModel):
     def loss(self, input_ids: Tensor | None, labels: Tensor, **arguments: Any) -> Tensor:
         """The loss of ``forward(labels=...)`` without ever holding the (B, T, V) logits; for training.
 
-        ``arguments`` are those of ``OpenLlamaModel.forward``.
+        ``arguments`` are those of ``OpenLlamaModel.forward``. The head's weight is used directly: hooks
+        on ``lm_head`` do not fire, and one that is more than a linear layer gets all its logits.
         """
         self._check_call(input_ids, arguments.get("inputs_embeds"), labels, 0)
         hidden = self.model(input_ids, **{"use_cache": False, **arguments, "return_dict": True}).last_hidden_state
-        return chunked_causal_lm_loss(hidden, labels, self._project, self.config.vocab_size)
+        head = self.get_output_embeddings()
+        if type(head) not in (nn.Linear, nn.Embedding):
+            return causal_lm_loss(self._project(hidden), labels)
+        return chunked_causal_lm_loss(hidden, labels, head.weight)
 
     def generate(self, input_ids: Tensor | None = None, **arguments: Any) -> Any:
         """Continue ``input_ids`` (B, L) and return all ids; see ``openllama.generation.prepare`` for arguments.
@@ -136,7 +140,7 @@ class OpenLlamaForCausalLM(PretrainedModel):
             return F.linear(hidden, self.model.embedding.tokens.weight)
         return self.lm_head(hidden)
 
-    def get_output_embeddings(self) -> nn.Module:
+    def get_output_embeddings(self) -> nn.Embedding | nn.Linear:
         """The module whose weight (V, C) makes the logits: the embedding table where it is shared."""
         return self.model.embedding.tokens if self.lm_head is None else self.lm_head
 

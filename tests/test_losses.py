@@ -67,10 +67,11 @@ def test_chunks_give_the_same_loss_and_gradients(drawn: tuple[Tensor, Tensor], r
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(losses, "CHUNK_LOGITS", rows * vocab)
             if chunked:
-                loss = chunked_causal_lm_loss(x, labels, lambda h, w=w: F.linear(h, w), vocab)
+                loss = chunked_causal_lm_loss(x, labels, w)
+                loss.backward()
             else:
                 loss = causal_lm_loss(F.linear(x, w), labels)
-        loss.backward()
+                loss.backward()
         found.append((loss.detach(), x.grad, w.grad))
     torch.testing.assert_close(*found)
 
@@ -78,13 +79,16 @@ def test_chunks_give_the_same_loss_and_gradients(drawn: tuple[Tensor, Tensor], r
 def test_never_more_logits_than_a_chunk_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses, "CHUNK_LOGITS", 40)
     sizes: list[int] = []
+    linear = F.linear
 
-    def project(hidden: Tensor) -> Tensor:
-        sizes.append(hidden.shape[0] * 10)
-        return torch.zeros(hidden.shape[0], 10)
+    def spy(rows: Tensor, weight: Tensor) -> Tensor:
+        sizes.append(len(rows) * len(weight))
+        return linear(rows, weight)
 
-    chunked_causal_lm_loss(torch.zeros(3, 8, 4), torch.zeros(3, 8, dtype=torch.long), project, 10)
-    assert sum(sizes) == 3 * 7 * 10
+    monkeypatch.setattr(F, "linear", spy)
+    weight = torch.zeros(10, 4, requires_grad=True)
+    chunked_causal_lm_loss(torch.zeros(3, 3, 4), torch.zeros(3, 3, dtype=torch.long), weight).backward()
+    assert sum(sizes) == 2 * 3 * 2 * 10, "once forward, once backward"
     assert max(sizes) <= 40
 
 
@@ -92,7 +96,7 @@ def test_never_more_logits_than_a_chunk_are_held(monkeypatch: pytest.MonkeyPatch
 def test_with_nothing_to_predict_the_loss_is_nan_in_both(labels: Tensor) -> None:
     logits = torch.randn(*labels.shape, 7)
     assert causal_lm_loss(logits, labels).isnan()
-    assert chunked_causal_lm_loss(logits, labels, lambda hidden: hidden, 7).isnan()
+    assert chunked_causal_lm_loss(logits, labels, torch.eye(7)).isnan()
 
 
 def test_classification_losses_are_what_their_names_say() -> None:

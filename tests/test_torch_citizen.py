@@ -339,18 +339,7 @@ def test_forward_mode_derivatives_are_those_of_differences() -> None:
 # --- adapters ---
 
 
-@pytest.mark.parametrize(
-    "task",
-    [
-        None,
-        pytest.param(
-            "CAUSAL_LM",
-            marks=pytest.mark.xfail(
-                not hasattr(OpenLlamaConfig, "model_type"), reason="peft asks config.model_type", strict=True
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_lora_adapts_the_projections_alone_and_merges(task: str | None, checkpointing: bool, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed; it is part of the test extra where it can be")
