@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -287,6 +288,7 @@ class Terminal:
     def __init__(self, *arguments: object) -> None:
         self.pid, self.screen = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job may have inherited "ignore"
             os.execv(sys.executable, [sys.executable, "-m", "openllama", *map(str, arguments)])
         self.seen = ""
 
@@ -311,16 +313,31 @@ def test_chat_in_a_terminal_survives_ctrl_c_and_ends_with_ctrl_d(tmp_path):
     endless = write_checkpoint(tmp_path / "endless", hf_weights(config), config)
     (endless / "tokenizer.model").write_bytes(trained("v1-like"))
     terminal = Terminal("chat", endless, "--max-new-tokens", 90_000, "--seed", 0)
-    at = terminal.wait_for("> ")
-    terminal.type("Who art thou?\n")
-    at = terminal.wait_for("\n", at)
-    time.sleep(1)
-    terminal.type("\x03")
-    at = terminal.wait_for("(stopped)", at)
-    at = terminal.wait_for("> ", terminal.wait_for("tokens/s)", at))
-    terminal.type("\x03")
-    at = terminal.wait_for("> ", terminal.wait_for("Ctrl-D leaves", at))
-    terminal.type("/reset\n")
-    at = terminal.wait_for("> ", terminal.wait_for("forgotten", at))
-    terminal.type("\x04")
-    assert os.waitstatus_to_exitcode(os.waitpid(terminal.pid, 0)[1]) == 0
+    try:
+        at = terminal.wait_for("> ")
+        terminal.type("Who art thou?\n")
+        at = terminal.wait_for("\n", at)
+        time.sleep(1)
+        terminal.type("\x03")
+        at = terminal.wait_for("(stopped)", at)
+        at = terminal.wait_for("> ", terminal.wait_for("tokens/s)", at))
+        terminal.type("\x03")
+        at = terminal.wait_for("> ", terminal.wait_for("Ctrl-D leaves", at))
+        terminal.type("/reset\n")
+        terminal.wait_for("> ", terminal.wait_for("forgotten", at))
+        terminal.type("\x04")
+        assert os.waitstatus_to_exitcode(os.waitpid(terminal.pid, 0)[1]) == 0
+    except BaseException:
+        os.kill(terminal.pid, signal.SIGKILL)
+        raise
+
+
+def test_a_conversation_with_the_shipped_model_goes_as_the_transcript_says(capsys, monkeypatch):
+    transcript = (Path(__file__).parent / "transcripts" / "chat.txt").read_text(encoding="utf-8")
+    questions = [line.removeprefix("> ") for line in transcript.splitlines() if line.startswith("> ")]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(question + "\n" for question in questions)))
+    folder = Path(__file__).parents[1] / "checkpoints" / "open-llama-tiny"
+    options = ("--dtype", "float32", "--seed", 4, "--max-new-tokens", 60, "--temperature", 0.7)
+    code, out, _ = run(capsys, "chat", folder, *options)
+    assert code == 0
+    assert out == "".join(line for line in transcript.splitlines(keepends=True) if not line.startswith("> "))

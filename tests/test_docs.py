@@ -32,6 +32,7 @@ def run(command: str, native: Path) -> subprocess.CompletedProcess[str]:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     """The folder, the output and the messages of what ``make demo`` runs."""
     listed = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = listed.replace("\\\n", " ")
     commands = [line for line in listed.splitlines() if "/openllama " in line]
     assert len(commands) == 2
     native = tmp_path_factory.mktemp("demo") / "native"

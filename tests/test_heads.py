@@ -15,15 +15,16 @@ from torch import Tensor
 from openllama import OpenLlamaConfig, OpenLlamaForCausalLM, OpenLlamaForSequenceClassification, OpenLlamaModel
 from openllama.errors import InputError
 from tests.draw import examples
-from tests.parity.draws import Batch, batches, configs, length_of, randomise_norms, seeds
+from tests.parity.draws import Batch, batches, configs, in_float64, length_of, randomise_norms, seeds
 from tests.tiny import tiny_config, tiny_ids, tiny_model
 
 no_dropout = {"hidden_dropout_prob": 0.0, "attention_dropout_prob": 0.0}
 
 
 def drawn_model(config: OpenLlamaConfig, seed: int) -> OpenLlamaForCausalLM:
+    """In float64, where laws can be told from rounding whatever the weights."""
     torch.manual_seed(seed)
-    return randomise_norms(OpenLlamaForCausalLM(config, attn_implementation="eager"), seed).eval()
+    return randomise_norms(OpenLlamaForCausalLM(config, attn_implementation="eager"), seed).eval().double()
 
 
 # --- which tensor makes the logits ---
@@ -76,12 +77,12 @@ def test_training_a_tied_table_moves_both_ends() -> None:
 
 
 @examples(30)
-@given(data=st.data(), config=configs(initializer_range=0.2), seed=seeds, keep=st.integers(0, 25))
+@given(data=st.data(), config=configs(), seed=seeds, keep=st.integers(0, 25))
 @torch.no_grad()
 def test_keeping_some_logits_is_a_slice_of_all(
     data: st.DataObject, config: OpenLlamaConfig, seed: int, keep: int
 ) -> None:
-    batch: Batch = data.draw(batches(config))
+    batch: Batch = in_float64(data.draw(batches(config)))
     del batch["labels"]
     model = drawn_model(config, seed)
     kept = model(**batch, logits_to_keep=keep).logits
@@ -89,11 +90,11 @@ def test_keeping_some_logits_is_a_slice_of_all(
 
 
 @examples(30)
-@given(data=st.data(), config=configs(initializer_range=0.2), seed=seeds)
+@given(data=st.data(), config=configs(), seed=seeds)
 def test_the_loss_scores_each_token_by_the_logits_before_it(
     data: st.DataObject, config: OpenLlamaConfig, seed: int
 ) -> None:
-    batch = data.draw(batches(config))
+    batch = in_float64(data.draw(batches(config)))
     out = drawn_model(config, seed)(**batch)
     labels, logits = batch["labels"], out.logits.double().log_softmax(-1)
     surprises = [
@@ -105,15 +106,15 @@ def test_the_loss_scores_each_token_by_the_logits_before_it(
     if length_of(batch) == 1:
         assert out.loss.isnan()
         return
-    torch.testing.assert_close(out.loss, torch.stack(surprises).mean().float())
+    torch.testing.assert_close(out.loss, torch.stack(surprises).mean())
 
 
 @examples(25)
-@given(data=st.data(), config=configs(**no_dropout, initializer_range=0.2), seed=seeds)
+@given(data=st.data(), config=configs(**no_dropout), seed=seeds)
 def test_the_loss_without_all_logits_is_the_same_with_the_same_gradients(
     data: st.DataObject, config: OpenLlamaConfig, seed: int
 ) -> None:
-    batch = data.draw(batches(config).filter(lambda drawn: length_of(drawn) > 1))
+    batch = in_float64(data.draw(batches(config).filter(lambda drawn: length_of(drawn) > 1)))
     model, other = drawn_model(config, seed), drawn_model(config, seed)
     whole = model(**batch).loss
     whole.backward()
@@ -124,7 +125,7 @@ def test_the_loss_without_all_logits_is_the_same_with_the_same_gradients(
         if q.grad is None:
             assert p.grad is None
         else:
-            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(p.grad, q.grad)
 
 
 @pytest.mark.parametrize(

@@ -196,6 +196,8 @@ class OpenLlamaTokenizer(Vocabulary):
         for item in texts:
             ids = self._plain_ids(item) if split_special_tokens else [*map(self._token_to_id, self.tokenize(item))]
             rows.append([*bos, *cut(ids, room, self.truncation_side), *eos])
+        if isinstance(text, str) and not rows[0]:
+            padding = False  # HF pads an empty text in a batch, but not alone
         encoding = self.pad({"input_ids": rows}, padding, max_length, return_tensors)
         if return_tensors is None and isinstance(text, str):
             return Encoding({name: values[0] for name, values in encoding.items()})

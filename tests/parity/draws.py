@@ -133,6 +133,11 @@ def chunks_of(batch: Batch, lengths: list[int]) -> list[Batch]:
     return pieces
 
 
+def in_float64(batch: Batch) -> Batch:
+    """The same for a float64 model, in which laws can be told from rounding whatever the weights."""
+    return {name: value.double() if name == "inputs_embeds" else value for name, value in batch.items()}
+
+
 def randomise_norms(model: Module, seed: int) -> Module:
     """Draw the one-dimensional parameters (norm weights and biases), which start as ones and zeros."""
     generator = torch.Generator().manual_seed(seed)
