@@ -60,17 +60,8 @@ class OpenLlamaForCausalLM(PretrainedModel):
         ignored. ``logits_to_keep`` computes logits for the last positions only; 0 means all.
         """
         self._check_call(input_ids, inputs_embeds, labels, logits_to_keep)
-        body = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-        )
+        tensors = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        body = self.model(*tensors, use_cache, output_attentions, output_hidden_states, return_dict=True)
         logits = self._project(body.last_hidden_state[:, -logits_to_keep:])
         loss = None if labels is None else causal_lm_loss(logits, labels)
         output = CausalLMOutput(loss, logits, body.past_key_values, body.hidden_states, body.attentions)
@@ -193,17 +184,8 @@ class OpenLlamaForSequenceClassification(PretrainedModel):
         given = input_ids if inputs_embeds is None else inputs_embeds
         if labels is not None and given is not None:
             problem_type = check_classification_labels(labels, len(given), self.config)
-        body = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-        )
+        tensors = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        body = self.model(*tensors, use_cache, output_attentions, output_hidden_states, return_dict=True)
         scores = self.score(body.last_hidden_state)  # (B, T, num_labels)
         logits = scores[torch.arange(len(scores), device=scores.device), last]
         loss = None if labels is None else classification_loss(logits, labels, problem_type)
