@@ -244,8 +244,9 @@ class OpenLlamaModel(PretrainedModel):
         cache = as_cache(past, batch, config, x.dtype, x.device)
         key_length = cache.get_seq_length() + length  # S
         if position_ids is None:
-            position_ids = torch.arange(key_length - length, key_length, device=x.device)
-        position_ids = check_position_ids(position_ids, batch, length).to(x.device)
+            position_ids = torch.arange(key_length - length, key_length, device=x.device)[None]
+        else:
+            position_ids = check_position_ids(position_ids, batch, length).to(x.device)
         rope = cos_sin(
             position_ids, config.head_dim, config.rope_scaling, config.max_position_embeddings, key_length, x.dtype
         )

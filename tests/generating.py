@@ -28,6 +28,4 @@ def make_model(seed: int = 1, **fields: Any) -> OpenLlamaForCausalLM:
 
 def count_forwards(model: OpenLlamaForCausalLM, calls: list[int]) -> torch.utils.hooks.RemovableHandle:
     """Append the number of tokens of each forward pass to ``calls``."""
-    return model.model.register_forward_pre_hook(
-        lambda module, args, kwargs: calls.append(args[0].shape[1]), with_kwargs=True
-    )
+    return model.model.register_forward_pre_hook(lambda module, args: calls.append(args[0].shape[1]))

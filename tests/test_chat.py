@@ -12,6 +12,7 @@ from openllama.chat import DEFAULT_TEMPLATE, ChatSession, ChatTemplate
 from openllama.errors import InputError
 from openllama.tokenizer import OpenLlamaTokenizer
 from tests.checkpoints import tiny_config
+from tests.generating import count_forwards
 from tests.sentencepieces import trained
 
 
@@ -60,9 +61,7 @@ def test_answers_are_those_of_a_model_that_reads_everything_anew(tokenizer):
 def test_no_token_is_computed_twice(tokenizer):
     session = session_of(tokenizer)
     computed: list[int] = []
-    session.model.model.register_forward_pre_hook(
-        lambda module, args, kwargs: computed.append(args[0].shape[1]), with_kwargs=True
-    )
+    count_forwards(session.model, computed)
     for question in ("Who art thou?", "And he?", "And she?"):
         say(session, question)
     # all but the end of the last answer, which nothing has asked for yet
