@@ -89,9 +89,7 @@ def _missing(peer: Path) -> str | None:
 
 def _in_fresh_process(python: str | Path, which: str) -> dict[str, Any]:
     command = [python, __file__, *sys.argv[1:], "--measure", which]
-    # Freed blocks above 1 MiB go back to the kernel, so that its peak is what is held and not what lies in pieces.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
-    environment |= {"PYTHONPATH": "" if which == "peer" else os.environ.get("PYTHONPATH", "")}
+    environment = {**os.environ, "PYTHONPATH": "" if which == "peer" else os.environ.get("PYTHONPATH", "")}
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return json.loads(result.stdout.splitlines()[-1])
 

@@ -26,6 +26,7 @@ from openllama.inputs import check_attention_mask, check_input_ids, check_inputs
 from openllama.masks import Mask
 from openllama.outputs import BaseModelOutput
 from openllama.pretrained import PretrainedModel
+from openllama.recompute import recomputed
 from openllama.rope import cos_sin, rotate
 from openllama.surgery import init_weights
 
@@ -55,8 +56,13 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype.itemsize < 4:  # training would keep a float32 copy
+            return recomputed(self._normalised, x, self.weight)
+        return self._normalised(x, self.weight)
+
+    def _normalised(self, x: Tensor, weight: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.weight * F.rms_norm(wide, self.weight.shape, eps=self.eps).to(x.dtype)
+        return weight * F.rms_norm(wide, weight.shape, eps=self.eps).to(x.dtype)
 
 
 class Context(NamedTuple):
@@ -126,8 +132,11 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = _ACTIVATIONS[self.activation](self.gate_proj(x))
-        return self.dropout(self.down_proj(gate * self.up_proj(x)))
+        gated = recomputed(self._gated, self.gate_proj(x), self.up_proj(x))
+        return self.dropout(self.down_proj(gated))
+
+    def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        return _ACTIVATIONS[self.activation](gate) * up
 
 
 class DecoderLayer(nn.Module):

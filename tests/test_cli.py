@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -307,6 +308,14 @@ class Terminal:
     def type(self, keys: str) -> None:
         os.write(self.screen, keys.encode())
 
+    def interrupt_until(self, text: str, after: int) -> int:
+        """Press Ctrl-C, and again where it came just before readline listened, which loses it."""
+        for _ in range(11):
+            self.type("\x03")
+            with contextlib.suppress(AssertionError):
+                return self.wait_for(text, after, seconds=5)
+        raise AssertionError(f"Ctrl-C has no effect; the screen shows {self.seen!r}")
+
 
 def test_chat_in_a_terminal_survives_ctrl_c_and_ends_with_ctrl_d(tmp_path):
     config = tiny_config(vocab_size=500, eos_token_id=None, initializer_range=0.3, max_position_embeddings=100_000)
@@ -318,11 +327,9 @@ def test_chat_in_a_terminal_survives_ctrl_c_and_ends_with_ctrl_d(tmp_path):
         terminal.type("Who art thou?\n")
         at = terminal.wait_for("\n", at)
         time.sleep(1)
-        terminal.type("\x03")
-        at = terminal.wait_for("(stopped)", at)
+        at = terminal.interrupt_until("(stopped)", at)
         at = terminal.wait_for("> ", terminal.wait_for("tokens/s)", at))
-        terminal.type("\x03")
-        at = terminal.wait_for("> ", terminal.wait_for("Ctrl-D leaves", at))
+        at = terminal.wait_for("> ", terminal.interrupt_until("Ctrl-D leaves", at))
         terminal.type("/reset\n")
         terminal.wait_for("> ", terminal.wait_for("forgotten", at))
         terminal.type("\x04")

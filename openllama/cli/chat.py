@@ -43,14 +43,13 @@ def _chat(options: argparse.Namespace) -> None:
     while True:
         try:
             line = _read(interactive)
+            if line == "/exit":
+                break
+            _respond(session, line)
         except EOFError:
             break
         except KeyboardInterrupt:
             print("\n(Ctrl-D leaves)", file=sys.stderr)
-            continue
-        if line == "/exit":
-            break
-        _respond(session, line)
     if interactive:
         print(file=sys.stderr)
 
