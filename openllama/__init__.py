@@ -1,6 +1,6 @@
 """Open-Llama in plain PyTorch.
 
-To understand the model read ``config``, ``rope``, ``masks``, ``cache``, ``attention``, ``recompute``, ``model`` and ``heads``, in
+To understand the model read ``config``, ``rope``, ``masks``, ``cache``, ``attention``, ``model`` and ``heads``, in
 this order; for text, ``tokenizer`` and ``generation``. All modules in the order of their imports, none of which goes
 down this list:
 
