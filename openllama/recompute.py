@@ -44,7 +44,7 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor) -> Tensor:
         with ctx.autocast:  # the transpose of the transpose, as forward mode cannot be nested
-            value, pull_back = torch.func.vjp(ctx.function, *ctx.saved_tensors)
+            value, pull_back = torch.func.vjp(ctx.function, *ctx.saved_tensors)  # type: ignore[misc]
             return torch.func.vjp(pull_back, torch.zeros_like(value))[1](tangents)[0]
 
 
