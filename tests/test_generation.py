@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -183,6 +185,46 @@ def test_the_models_generation_config_holds_and_a_call_overrides_it(model, promp
 def test_a_model_in_half_precision_generates(prompt):
     half = OpenLlamaForCausalLM(CONFIG).eval().to(torch.bfloat16)
     assert half.generate(prompt, max_new_tokens=4, do_sample=True).shape == (2, 8)
+
+
+# --- memory -----------------------------------------------------------------------------------------
+
+
+def allocations(step: Callable[[], object]) -> list[int]:
+    """The sizes in bytes of everything that torch allocates on the CPU meanwhile, kernels' own included."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        step()
+    sizes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return sorted(size for size in sizes if size > 0)
+
+
+WIDE = dataclasses.replace(CONFIG, hidden_size=128, num_attention_heads=2, eos_token_id=None)
+LONG = 400  # tokens; a layer's keys of one text are then 205 kB
+
+
+def test_in_a_steady_state_a_step_allocates_the_same_but_for_the_masks_bytes():
+    model = OpenLlamaForCausalLM(WIDE, attn_implementation="sdpa").eval()
+    prompt = torch.full((1, LONG), 5)
+    whole = allocations(lambda: list(model.stream(prompt, max_new_tokens=1)))
+    assert max(whole) > LONG * WIDE.hidden_size * 4, "the profiler sees that the cache is made"
+    steps = model.stream(prompt, max_new_tokens=9)
+    next(steps)
+    sizes = [allocations(lambda: next(steps)) for _ in range(7)]
+    assert {len(step) for step in sizes} == {len(sizes[0])}
+    assert len(sizes[0]) > 50
+    grown = [sum(later) - sum(earlier) for earlier, later in itertools.pairwise(sizes)]
+    assert max(grown) < 64, "the padding mask is read: some bytes for a token, whose keys and values take 2 kB"
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_no_step_allocates_a_tensor_of_the_size_of_a_layer_s_keys(backend):
+    model = OpenLlamaForCausalLM(WIDE, attn_implementation=backend).eval()
+    mask = torch.ones(3, LONG, dtype=torch.long)
+    mask[0, :200] = 0
+    steps = model.stream(torch.full((3, LONG), 5), attention_mask=mask, max_new_tokens=9)
+    next(steps)
+    keys = 3 * LONG * WIDE.hidden_size * 4
+    assert max(size for _ in range(7) for size in allocations(lambda: next(steps))) < keys / 20
 
 
 # --- picking --------------------------------------------------------------------------------------
