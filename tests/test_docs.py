@@ -47,8 +47,9 @@ def test_python_blocks_run(page, monkeypatch, capsys):
     names: dict[str, object] = {}
     for block in blocks(page, "python"):
         exec(compile(block, page, "exec"), names)
-    for shown in re.findall(r"^print\(.*\)\n# (.*)$", "".join(blocks(page, "python")), re.M):
-        assert shown in capsys.readouterr().out
+        out = capsys.readouterr().out
+        for shown in re.findall(r"^ *print\(.*\)\n# (.*)$", block, re.M):
+            assert shown in out
 
 
 def test_the_readme_shows_what_make_demo_prints(demo):
@@ -59,17 +60,17 @@ def test_the_readme_shows_what_make_demo_prints(demo):
     assert re.search(r"\d+ tokens, [\d.]+ tokens/s, peak memory \d+ MiB", shown)
 
 
-def test_every_command_of_the_readme_runs(demo):
-    commands = [
-        line.removeprefix("$ ").split("  #")[0]
+def test_every_command_of_the_readme_runs_and_prints_what_is_shown(demo):
+    shown = [
+        session.split("\n", 1)
         for block in blocks("README.md", "console")
-        for line in block.splitlines()
-        if line.startswith("$ openllama ")
+        for session in re.findall(r"^\$ (openllama .*?)(?=^\$|\Z)", block, re.S | re.M)
     ]
-    assert commands
-    for command in commands:
+    assert sum(bool(output) for _, output in shown) >= 2
+    for command, output in shown:
         done = run(command, demo[0])
         assert done.returncode == 0, f"{command}: {done.stderr}"
+        assert not output or done.stdout.strip() == output.strip()
 
 
 @pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md", "checkpoints/README.md", "benchmarks/README.md"])
