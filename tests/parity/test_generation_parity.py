@@ -61,7 +61,7 @@ def test_sampled_ids_equal_hf_under_the_same_seed(data, config, seed, settings, 
 @given(data=st.data(), config=models(), seed=draws.seeds, do_sample=st.booleans())
 def test_scores_attentions_and_hidden_states_have_hfs_structure_and_values(data, config, seed, do_sample):
     prompt, settings = data.draw(prompts(config)), data.draw(processings(config))
-    expected, output = both(config, seed, prompt, do_sample=do_sample, max_new_tokens=6, **settings, **ALL_OUTPUTS)
+    expected, output = both(config, seed, prompt, do_sample=do_sample, max_new_tokens=12, **settings, **ALL_OUTPUTS)
     assert_same_outputs(output, expected)
     compared["models, outputs of generate"] += 1
 
