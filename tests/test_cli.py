@@ -234,9 +234,38 @@ def test_every_strategy_is_reached_by_set(capsys, folder, settings):
     assert "5 tokens" in err
 
 
+def test_an_assistant_s_guesses_leave_the_text_as_it_is(capsys, folder):
+    arguments = ("generate", folder, "--prompt", "To be", "--max-new-tokens", 8, "--greedy")
+    _, alone, _ = run(capsys, *arguments)
+    code, assisted, err = run(capsys, *arguments, "--assistant", folder)
+    assert (code, assisted) == (0, alone), err
+
+
+@pytest.mark.parametrize("way", ["streamed", "beams", "lines"])
+def test_a_text_ends_before_a_stop_string(capsys, folder, tmp_path, way):
+    lines = write_lines(tmp_path / "in", {"prompt": "To be"}, {"prompt": "or not"})
+    source = ("--jsonl", lines) if way == "lines" else ("--prompt", "To be")
+    arguments = ("generate", folder, *source, "--max-new-tokens", 12, "--greedy")
+    arguments += ("--set", "num_beams=2") if way == "beams" else ()
+
+    def continuation() -> str:
+        code, out, err = run(capsys, *arguments)
+        assert code == 0, err
+        return json.loads(out.splitlines()[0])["text"] if way == "lines" else out.removesuffix("\n\n")
+
+    whole = continuation()
+    stop = whole[-4:-2]
+    arguments += ("--stop", "never there", "--stop", stop)
+    prompt = "" if way == "lines" else "To be"
+    made = whole.removeprefix(prompt)
+    assert continuation() == prompt + made[: made.index(stop)]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--stop", ""], "--stop"),
+        (["--assistant", "nowhere"], "nowhere"),
         (["--set", "num_beam=3"], "num_beam"),
         (["--set", "num_beams"], "NAME=VALUE"),
         (["--greedy", "--top-p", "0.5"], "--greedy"),

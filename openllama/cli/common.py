@@ -32,10 +32,13 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
 def load(options: argparse.Namespace) -> tuple[OpenLlamaForCausalLM, OpenLlamaTokenizer]:
     """The model and the tokenizer of the folder that the command names."""
     tokenizer = OpenLlamaTokenizer.from_pretrained(options.dir)
-    model = OpenLlamaForCausalLM.from_pretrained(
-        options.dir, dtype=options.dtype, device=options.device, attn_implementation=options.attn_implementation
+    return _load_model(options.dir, options), tokenizer
+
+
+def _load_model(folder: Path, options: argparse.Namespace) -> OpenLlamaForCausalLM:
+    return OpenLlamaForCausalLM.from_pretrained(
+        folder, dtype=options.dtype, device=options.device, attn_implementation=options.attn_implementation
     )
-    return model, tokenizer
 
 
 def add_generation_options(command: argparse.ArgumentParser, max_new_tokens: int) -> None:
@@ -46,6 +49,9 @@ def add_generation_options(command: argparse.ArgumentParser, max_new_tokens: int
     group.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens")
     group.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest that together reach P")
     group.add_argument("--seed", type=int, help="draw the same text each time")
+    group.add_argument(
+        "--assistant", type=Path, metavar="DIR", help="a smaller model of the same vocabulary that guesses tokens ahead"
+    )
     group.add_argument(
         "--set",
         action="append",
@@ -76,6 +82,7 @@ def generation_arguments(
         "generation_config": config,
         "generator": generator,
         "logits_processor": [_only_ids_below(len(tokenizer))],
+        "assistant_model": _load_model(options.assistant, options) if options.assistant else None,
     }
 
 

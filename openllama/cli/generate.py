@@ -8,18 +8,19 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from openllama.cli.common import Commands, add_generation_options, add_model_options, generation_arguments, load
 from openllama.errors import InputError
 from openllama.generation import GenerationConfig
-from openllama.generation.text import decoded
+from openllama.generation.text import decoded, stop_at, until
 from openllama.heads import OpenLlamaForCausalLM
 from openllama.tokenizer import OpenLlamaTokenizer
 
@@ -34,6 +35,9 @@ def add_commands(commands: Commands) -> None:
     command.add_argument("--output", type=Path, help="file for --jsonl's answers (default: stdout)")
     command.add_argument("--batch-size", type=int, default=8, help="of --jsonl (default: %(default)s)")
     command.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="at a line that is no prompt")
+    command.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be given again"
+    )
     add_generation_options(command, max_new_tokens=128)
     command.set_defaults(run=_generate)
 
@@ -41,6 +45,8 @@ def add_commands(commands: Commands) -> None:
 def _generate(options: argparse.Namespace) -> None:
     if options.batch_size < 1:
         raise InputError(f"--batch-size must be at least 1, got {options.batch_size}")
+    if "" in options.stop:
+        raise InputError("--stop takes a text that is not empty")
     prompts = [] if options.jsonl else _prompts(options)
     model, tokenizer = load(options)
     arguments = generation_arguments(options, model, tokenizer)
@@ -48,7 +54,7 @@ def _generate(options: argparse.Namespace) -> None:
     if options.jsonl:
         count = _generate_lines(model, tokenizer, arguments, options)
     else:
-        count = sum(_print_continuation(model, tokenizer, prompt, arguments) for prompt in prompts)
+        count = sum(_print_continuation(model, tokenizer, prompt, arguments, options.stop) for prompt in prompts)
     speed = count / (time.perf_counter() - start)
     print(f"{count} tokens, {speed:.1f} tokens/s, peak memory {_peak_memory(model.device)}", file=sys.stderr)
 
@@ -62,43 +68,63 @@ def _prompts(options: argparse.Namespace) -> list[str]:
     return [text.removesuffix("\n")]
 
 
+class _Counted:
+    """Tokens on their way to become text, and how many have been taken."""
+
+    def __init__(self, tokens: Iterable[Tensor | int]) -> None:
+        self._tokens, self.count = tokens, 0
+
+    def __iter__(self) -> Iterator[Tensor | int]:
+        for token in self._tokens:
+            self.count += 1
+            yield token
+
+
 def _print_continuation(
-    model: OpenLlamaForCausalLM, tokenizer: OpenLlamaTokenizer, prompt: str, arguments: dict[str, Any]
+    model: OpenLlamaForCausalLM,
+    tokenizer: OpenLlamaTokenizer,
+    prompt: str,
+    arguments: dict[str, Any],
+    stop: Sequence[str],
 ) -> int:
     """Print ``prompt`` and its continuation, token by token where there is one; the number of tokens made."""
     config = arguments["generation_config"]
     if config.num_beams > 1 or config.num_return_sequences > 1:
-        [texts], count = _continue(model, tokenizer, [prompt], arguments)
+        [texts], count = _continue(model, tokenizer, [prompt], arguments, stop)
         print(*(prompt + text for text in texts), sep="\n\n", end="\n\n")
         return count
     ids = tokenizer(prompt, return_tensors="pt").input_ids
-    tokens = model.stream(ids, **arguments)
+    tokens = _Counted(model.stream(ids, **arguments))
     print(prompt, end="", flush=True)
-    count = -1  # the last piece is no token's
-    for piece in decoded(tokenizer, ids[0].tolist(), tokens):
+    for piece in until(decoded(tokenizer, ids[0].tolist(), tokens), stop):
         print(piece, end="", flush=True)
-        count += 1
     print("\n", flush=True)
-    return count
+    return tokens.count
 
 
 def _continue(
-    model: OpenLlamaForCausalLM, tokenizer: OpenLlamaTokenizer, prompts: Sequence[str], arguments: dict[str, Any]
+    model: OpenLlamaForCausalLM,
+    tokenizer: OpenLlamaTokenizer,
+    prompts: Sequence[str],
+    arguments: dict[str, Any],
+    stop: Sequence[str],
 ) -> tuple[list[list[str]], int]:
     """The continuations of each prompt, computed together, and the number of tokens in them."""
     rows = [torch.tensor(tokenizer.encode(prompt)) for prompt in prompts]
     ids = pad_sequence(rows, batch_first=True, padding_side="left")
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
     config: GenerationConfig = arguments["generation_config"].replace(return_dict_in_generate=False)
-    output = model.generate(ids, attention_mask=mask, **{**arguments, "generation_config": config})
+    criteria = [stop_at(tokenizer, stop, ids.shape[1])] if stop else []
+    arguments = {**arguments, "generation_config": config, "stopping_criteria": criteria}
+    output = model.generate(ids, attention_mask=mask, **arguments)
     copies = config.num_return_sequences
     texts: list[list[str]] = [[] for _ in prompts]
     count = 0
     for index, made in enumerate(output[:, ids.shape[1] :].tolist()):
         ends = [made.index(eos) + 1 for eos in config.eos_token_ids if eos in made]
-        made = made[: min(ends, default=None)]
-        count += len(made)
-        texts[index // copies].append("".join(decoded(tokenizer, rows[index // copies].tolist(), made)))
+        tokens = _Counted(made[: min(ends, default=None)])
+        texts[index // copies].append("".join(until(decoded(tokenizer, rows[index // copies].tolist(), tokens), stop)))
+        count += tokens.count
     return texts, count
 
 
@@ -115,7 +141,7 @@ def _generate_lines(
         bar = stack.enter_context(tqdm(total=len(lines), unit="prompt", file=sys.stderr))
         for start in range(0, len(lines), options.batch_size):
             batch = lines[start : start + options.batch_size]
-            texts, made = _continue(model, tokenizer, [line["prompt"] for line in batch], arguments)
+            texts, made = _continue(model, tokenizer, [line["prompt"] for line in batch], arguments, options.stop)
             for line, continuations in zip(batch, texts, strict=True):
                 answer = {"texts": continuations} if several else {"text": continuations[0]}
                 print(json.dumps({**line, **answer}, ensure_ascii=False), file=sink, flush=True)
