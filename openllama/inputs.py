@@ -24,10 +24,14 @@ def is_integer(tensor: Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise InputError(f"{name} must be a tensor, got {type(value).__name__}; use torch.tensor(...)")
+
+
 def check_input_ids(input_ids: Tensor, vocab_size: int) -> None:
     """Token ids: integers of shape (B, T) inside the vocabulary, at least one."""
-    if not isinstance(input_ids, Tensor):
-        raise InputError(f"input_ids must be a tensor, got {type(input_ids).__name__}; use torch.tensor([ids])")
+    check_tensor("input_ids", input_ids)
     if not is_integer(input_ids):
         raise InputError(f"input_ids must be integers, got {input_ids.dtype}")
     if input_ids.ndim != 2:
@@ -42,6 +46,7 @@ def check_input_ids(input_ids: Tensor, vocab_size: int) -> None:
 
 def check_inputs_embeds(inputs_embeds: Tensor, hidden_size: int) -> None:
     """Embedded input: floating point, shape (B, T, C), at least one token."""
+    check_tensor("inputs_embeds", inputs_embeds)
     if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != hidden_size:
         raise InputError(f"inputs_embeds must be (batch, length, {hidden_size}), got {tuple(inputs_embeds.shape)}")
     if inputs_embeds.numel() == 0:
@@ -52,6 +57,7 @@ def check_inputs_embeds(inputs_embeds: Tensor, hidden_size: int) -> None:
 
 def check_position_ids(position_ids: Tensor, batch: int, length: int) -> Tensor:
     """Positions: non-negative integers, (B, T), (1, T) or (T,); returned with two dimensions."""
+    check_tensor("position_ids", position_ids)
     if not is_integer(position_ids):
         raise InputError(f"position_ids must be integers, got {position_ids.dtype}")
     if position_ids.ndim == 1:
@@ -65,6 +71,7 @@ def check_position_ids(position_ids: Tensor, batch: int, length: int) -> Tensor:
 
 def check_attention_mask(mask: Tensor, batch: int, length: int, key_length: int, heads: int = 1) -> None:
     """A padding mask of 0/1 or bool, (B, S), or a full mask (B | 1, H | 1, T, S), bool or additive."""
+    check_tensor("attention_mask", mask)
     cached = key_length - length
     if mask.ndim == 4:
         fits = mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads) and mask.shape[2:] == (length, key_length)
@@ -90,6 +97,7 @@ def check_attention_mask(mask: Tensor, batch: int, length: int, key_length: int,
 
 def check_labels(labels: Tensor, shape: torch.Size, vocab_size: int) -> None:
     """Language-model labels: integers of the shape of the input; -100 is ignored."""
+    check_tensor("labels", labels)
     if labels.shape != shape:
         raise InputError(f"labels must have the input's shape {tuple(shape)}, got {tuple(labels.shape)}")
     if not is_integer(labels):
@@ -103,6 +111,7 @@ def check_classification_labels(labels: Tensor, batch: int, config: OpenLlamaCon
     Where the config leaves ``problem_type`` open, one label means regression, integers mean a class
     per row (B,), and anything else a binary choice per label (B, num_labels), as in transformers.
     """
+    check_tensor("labels", labels)
     count, kind = config.num_labels, config.problem_type
     if kind is None:
         kind = "single_label_classification" if is_integer(labels) else "multi_label_classification"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from openllama import OpenLlamaForCausalLM, OpenLlamaModel
+from openllama import OpenLlamaForCausalLM, OpenLlamaForSequenceClassification, OpenLlamaModel
 from openllama.errors import InputError
 from openllama.inputs import (
     can_read_values,
@@ -229,6 +229,19 @@ def test_impossible_classes_are_refused(labels: torch.Tensor, problem_type: str 
 )
 def test_models_check_what_they_are_given(kind: Any, arguments: dict[str, Any], said: tuple[str, ...]) -> None:
     assert_says(refusal(tiny_model(kind), **arguments), *said)
+
+
+@pytest.mark.parametrize("name", ["input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels"])
+@pytest.mark.parametrize("kind", [OpenLlamaForCausalLM, OpenLlamaForSequenceClassification])
+def test_lists_are_refused_with_the_way_to_make_a_tensor(kind: Any, name: str) -> None:
+    arguments = {"input_ids": tiny_ids()} if name != "inputs_embeds" else {}
+    assert_says(refusal(tiny_model(kind), **{**arguments, name: [[1, 1]]}), name, "list", "torch.tensor")
+
+
+@pytest.mark.parametrize("name", ["input_ids", "inputs_embeds", "attention_mask"])
+def test_lists_are_refused_before_generating(name: str) -> None:
+    arguments = {"input_ids": tiny_ids()} if name != "inputs_embeds" else {}
+    assert_says(refusal(tiny_model().generate, **{**arguments, name: [[1, 1]]}), name, "list", "torch.tensor")
 
 
 def test_a_mask_of_the_new_tokens_alone_is_refused() -> None:

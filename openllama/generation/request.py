@@ -15,7 +15,7 @@ from openllama.generation.config import GenerationConfig, as_list
 from openllama.generation.processors import all_processors
 from openllama.generation.stopping import StoppingCriterion, max_time, stopped
 from openllama.generation.warpers import LogitsProcessor, warpers_for
-from openllama.inputs import check_attention_mask, check_input_ids, check_inputs_embeds
+from openllama.inputs import check_attention_mask, check_input_ids, check_inputs_embeds, check_tensor
 
 if TYPE_CHECKING:
     from openllama.heads import OpenLlamaForCausalLM
@@ -99,14 +99,14 @@ def _prompt_ids(
     model: OpenLlamaForCausalLM, input_ids: Tensor | None, inputs_embeds: Tensor | None, config: GenerationConfig
 ) -> Tensor:
     """The ids that begin the output, (B, L): those given, or bos."""
+    if inputs_embeds is not None:
+        check_inputs_embeds(inputs_embeds, model.config.hidden_size)
     if input_ids is None:
         if config.bos_token_id is None:
             raise InputError("give input_ids, or a bos_token_id to begin with")
         batch = 1 if inputs_embeds is None else inputs_embeds.shape[0]
         input_ids = torch.full((batch, 1), config.bos_token_id)
     check_input_ids(input_ids, model.config.vocab_size)
-    if inputs_embeds is not None:
-        check_inputs_embeds(inputs_embeds, model.config.hidden_size)
     return input_ids.to(model.device, torch.long)
 
 
@@ -123,6 +123,7 @@ def _prompt_mask(
         mask = input_ids.new_ones(batch, cached + length)
     elif mask is None:
         mask = _infer_mask(input_ids, config)
+    check_tensor("attention_mask", mask)
     width = mask.shape[-1]
     if width <= cached:
         raise InputError(
