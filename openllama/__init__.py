@@ -6,6 +6,7 @@ down this list:
 
 errors      everything that can be refused
 config      the numbers that shape a model
+modes       what torch is doing around us
 inputs      what a forward pass may be given
 rope        positions
 masks       who sees whom

@@ -53,7 +53,6 @@ def xformers_attention(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dr
     bias = ops.LowerTriangularMask() if mask.causal else mask.tensor
     if isinstance(bias, Tensor):
         bias = _aligned(bias.to(value.dtype)).expand(batch, heads, length, key.shape[2])
-    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotation has made them float32
     output = ops.memory_efficient_attention(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_bias=bias, p=dropout
     )

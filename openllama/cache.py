@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from openllama.config import OpenLlamaConfig
 from openllama.errors import InputError
+from openllama.modes import autocast_dtype
 
 KeyValue: TypeAlias = tuple[Tensor, Tensor]
 
@@ -97,13 +98,17 @@ class PreallocatedCache:
         """Number of cached tokens."""
         return self._length
 
+    def check_room(self, new: int) -> None:
+        """Raise ``InputError`` where ``new`` more tokens do not fit."""
+        if self._length + new > self.max_length:
+            raise InputError(
+                f"the cache has room for {self.max_length} tokens, {self._length} are in it, {new} are new"
+            )
+
     def append(self, layer: int, key: Tensor, value: Tensor) -> KeyValue:
         """Write the new keys and values behind the old ones and return views of all of them."""
+        self.check_room(key.shape[2])
         end = self._length + key.shape[2]
-        if end > self.max_length:
-            raise InputError(
-                f"the cache has room for {self.max_length} tokens, {self._length} are in it, {key.shape[2]} are new"
-            )
         if (key.requires_grad or value.requires_grad) and torch.is_grad_enabled():
             raise InputError("PreallocatedCache is written in place and cannot carry gradients; use torch.no_grad()")
         keys, values = self._layers[layer]
@@ -157,7 +162,13 @@ def as_cache(
     cache = past if isinstance(past, (GrowingCache, PreallocatedCache)) else GrowingCache(past)
     if len(cache) not in (0, config.num_hidden_layers):
         raise InputError(f"past_key_values has {len(cache)} layers, the model {config.num_hidden_layers}")
-    for layer, (key, value) in enumerate(cache):
+    for layer, pair in enumerate(cache):
+        if not (isinstance(pair, (tuple, list)) and [getattr(part, "ndim", 0) for part in pair] == [4, 4]):
+            raise InputError(
+                f"past_key_values of layer {layer} must be two tensors of 4 dimensions, (batch, heads, length, "
+                f"head_dim), got {_described(pair)}"
+            )
+        key, value = pair
         wanted = (batch, config.num_attention_heads, cache.get_seq_length(), config.head_dim)
         if key.shape != wanted or value.shape != wanted:
             raise InputError(
@@ -165,8 +176,15 @@ def as_cache(
                 f"(batch, heads, length, head_dim) = {wanted}"
             )
         for part in (key, value):
-            if part.dtype != dtype and not torch.is_autocast_enabled(part.device.type):
+            if part.dtype not in (dtype, autocast_dtype(part.device)):
                 raise InputError(f"past_key_values of layer {layer} are {part.dtype}, the model computes in {dtype}")
             if device is not None and part.device != device:
                 raise InputError(f"past_key_values of layer {layer} are on {part.device}, the input on {device}")
     return cache
+
+
+def _described(pair: object) -> str:
+    if not isinstance(pair, (tuple, list)):
+        return f"a {type(pair).__name__}"
+    shapes = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in pair]
+    return f"{len(pair)}: {', '.join(map(str, shapes))}"

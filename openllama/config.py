@@ -127,7 +127,10 @@ class OpenLlamaConfig:
     def to_dict(self) -> dict[str, Any]:
         """Everything, as config.json holds it: unknown keys beside the fields, ``model_type`` among them."""
         values = dataclasses.asdict(self)  # copies what can change
-        return {**values.pop("extra"), **values, "model_type": MODEL_TYPE}
+        extra = values.pop("extra")
+        if len(extra.get("id2label") or ()) != self.num_labels:  # names of other classes
+            extra = {key: value for key, value in extra.items() if key not in ("id2label", "label2id")}
+        return {**extra, **values, "model_type": MODEL_TYPE}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], **overrides: Any) -> OpenLlamaConfig:
@@ -147,8 +150,8 @@ class OpenLlamaConfig:
         misspelt = "use_memorry_efficient_attention"  # early checkpoints have it, and HF lets it win
         if misspelt in values:
             values["use_memory_efficient_attention"] = values.pop(misspelt)
-        if values.get("id2label"):
-            values.setdefault("num_labels", len(values["id2label"]))
+        if values.get("id2label"):  # the number of names wins
+            values["num_labels"] = len(values["id2label"])
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         if unknown := sorted(set(overrides) - known):
             raise ConfigError(f"{', '.join(unknown)}: not a field of OpenLlamaConfig")

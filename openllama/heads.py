@@ -14,10 +14,11 @@ from openllama.cache import Cache, KeyValue
 from openllama.config import OpenLlamaConfig
 from openllama.errors import InputError
 from openllama.generation import GenerationConfig
-from openllama.inputs import can_read_values, check_classification_labels, check_input_ids, check_labels
+from openllama.inputs import check_classification_labels, check_input_ids, check_labels, check_tensor
 from openllama.losses import causal_lm_loss, chunked_causal_lm_loss, classification_loss
 from openllama.masks import positions_from_mask
 from openllama.model import OpenLlamaModel
+from openllama.modes import can_read_values
 from openllama.outputs import CausalLMOutput, SequenceClassifierOutput
 from openllama.pretrained import PretrainedModel
 from openllama.surgery import init_weights
@@ -71,12 +72,13 @@ class OpenLlamaForCausalLM(PretrainedModel):
         """The loss of ``forward(labels=...)`` without ever holding the (B, T, V) logits; for training.
 
         ``arguments`` are those of ``OpenLlamaModel.forward``. The head's weight is used directly: hooks
-        on ``lm_head`` do not fire, and one that is more than a linear layer gets all its logits.
+        on ``lm_head`` do not fire. A head that is more than a matrix gets all its logits.
         """
+        check_tensor("labels", labels)
         self._check_call(input_ids, arguments.get("inputs_embeds"), labels, 0)
         hidden = self.model(input_ids, **{"use_cache": False, **arguments, "return_dict": True}).last_hidden_state
         head = self.get_output_embeddings()
-        if type(head) not in (nn.Linear, nn.Embedding):
+        if type(head) not in (nn.Linear, nn.Embedding) or getattr(head, "bias", None) is not None:
             return causal_lm_loss(self._project(hidden), labels)
         return chunked_causal_lm_loss(hidden, labels, head.weight)
 
@@ -115,8 +117,8 @@ class OpenLlamaForCausalLM(PretrainedModel):
     def _check_call(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None, labels: Tensor | None, logits_to_keep: int
     ) -> None:
-        if logits_to_keep < 0:
-            raise InputError(f"logits_to_keep must not be negative, got {logits_to_keep}")
+        if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
+            raise InputError(f"logits_to_keep must be a number of positions, 0 or more, got {logits_to_keep!r}")
         if labels is None:
             return
         if logits_to_keep:
@@ -138,6 +140,10 @@ class OpenLlamaForCausalLM(PretrainedModel):
     def set_output_embeddings(self, module: nn.Linear) -> None:
         """Replace ``lm_head``; where the embedding table makes the logits, only a module that holds it will do."""
         table = self.model.embedding.tokens.weight
+        if self.lm_head is None and module is self.model.embedding.tokens:
+            return
+        if not isinstance(module, nn.Linear) or module.bias is not None:
+            raise InputError(f"output embeddings must be an nn.Linear without bias, got {module}")
         if module.weight.shape != table.shape:
             raise InputError(f"output embeddings must be {tuple(table.shape)}, got {tuple(module.weight.shape)}")
         if (self.lm_head is None or self.config.tie_word_embeddings) and module.weight is not table:

@@ -1,8 +1,7 @@
 """What a forward pass may be given. Values are looked at here and nowhere else.
 
-Looking at values costs a synchronisation on a GPU and is impossible while tracing, so these checks step
-aside under ``torch.compile``, ``torch.export``, ``torch.func`` and on the meta device; shapes are always
-checked.
+Looking at values costs a synchronisation on a GPU and is impossible while torch traces and on the meta
+device, so these checks step aside there; shapes are always checked.
 """
 
 from __future__ import annotations
@@ -12,16 +11,11 @@ from torch import Tensor
 
 from openllama.config import OpenLlamaConfig
 from openllama.errors import InputError
-
-
-def can_read_values(tensor: Tensor) -> bool:
-    """Whether the numbers in ``tensor`` are there to be read."""
-    traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return not (tensor.is_meta or traced)
+from openllama.modes import can_read_values
 
 
 def is_integer(tensor: Tensor) -> bool:
-    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+    return tensor.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  # torch can do little else
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -55,18 +49,15 @@ def check_inputs_embeds(inputs_embeds: Tensor, hidden_size: int) -> None:
         raise InputError(f"inputs_embeds must be floating point, got {inputs_embeds.dtype}")
 
 
-def check_position_ids(position_ids: Tensor, batch: int, length: int) -> Tensor:
-    """Positions: non-negative integers, (B, T), (1, T) or (T,); returned with two dimensions."""
+def check_position_ids(position_ids: Tensor, batch: int, length: int) -> None:
+    """Positions: non-negative integers, (B, T), (1, T) or (T,)."""
     check_tensor("position_ids", position_ids)
     if not is_integer(position_ids):
         raise InputError(f"position_ids must be integers, got {position_ids.dtype}")
-    if position_ids.ndim == 1:
-        position_ids = position_ids[None]
-    if position_ids.ndim != 2 or position_ids.shape[1] != length or position_ids.shape[0] not in (1, batch):
+    if position_ids.shape not in ((length,), (1, length), (batch, length)):
         raise InputError(f"position_ids must be ({batch}, {length}), got {tuple(position_ids.shape)}")
     if can_read_values(position_ids) and (low := int(position_ids.min())) < 0:
         raise InputError(f"position_ids must not be negative, got {low}")
-    return position_ids
 
 
 def check_attention_mask(mask: Tensor, batch: int, length: int, key_length: int, heads: int = 1) -> None:
@@ -89,9 +80,10 @@ def check_attention_mask(mask: Tensor, batch: int, length: int, key_length: int,
             f"attention_mask covers {mask.shape[1]} tokens, but there are {key_length}: "
             f"{cached} cached and {length} new; it must cover them all"
         )
-    if mask.dtype != torch.bool and can_read_values(mask) and not bool(((mask == 0) | (mask == 1)).all()):
+    if mask.dtype != torch.bool and can_read_values(mask) and (wrong := mask[(mask != 0) & (mask != 1)]).numel():
         raise InputError(
-            "a 2-D attention_mask holds only 1 (attend) and 0 (padding); use a 4-D mask for additive values"
+            f"a 2-D attention_mask holds only 1 (attend) and 0 (padding), got {wrong[0].item()}; "
+            "use a 4-D mask for additive values"
         )
 
 

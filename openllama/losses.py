@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from openllama.modes import compute_dtype, is_transformed
 
 CHUNK_LOGITS = 2**22  # logits held at a time where all are not needed: 16 MiB in float32
 
@@ -18,11 +19,14 @@ def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def chunked_causal_lm_loss(hidden: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
-    """The same from hidden states (B, T, C) and the head's weight (V, C), a few columns of logits at a time."""
+    """The same from hidden states (B, T, C) and the head's weight (V, C), a few columns of logits at a time.
+
+    ``torch.func`` gets all logits at once; a second derivative raises ``NotImplementedError``.
+    """
+    if is_transformed(hidden, weight):
+        return causal_lm_loss(F.linear(hidden, weight), labels)
     rows = hidden[:, :-1].flatten(0, 1)  # (B * (T - 1), C)
-    if torch.is_autocast_enabled(rows.device.type):
-        dtype = torch.get_autocast_dtype(rows.device.type)
-        rows, weight = rows.to(dtype), weight.to(dtype)
+    rows, weight = rows.to(compute_dtype(rows)), weight.to(compute_dtype(weight))
     return _LinearCrossEntropy.apply(rows, weight, _targets(labels, hidden.device))
 
 
@@ -51,11 +55,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return torch.where(real, total - chosen, 0).sum() / real.sum()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        if torch.is_grad_enabled():
+            raise NotImplementedError("this loss has no second derivative; use model(input_ids, labels=labels).loss")
         rows, weight, targets, total = ctx.saved_tensors
         real = targets != -100
-        scale = (grad / real.sum() * real)[:, None]
+        scale = torch.where(real, grad / real.sum(), 0)[:, None]  # no target at all: no slope, as everywhere
         to_rows = torch.zeros_like(rows, dtype=total.dtype)
         to_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         for start in range(0, len(weight), ctx.size):

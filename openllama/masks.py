@@ -11,6 +11,7 @@ With S - T keys cached, the last query still sees every key: the causal triangle
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from openllama.errors import InputError
-from openllama.inputs import can_read_values
+from openllama.modes import can_read_values
 
 
 class Mask(NamedTuple):
@@ -98,8 +99,12 @@ def pack_documents(lengths: Sequence[int], device: torch.device | str | None = N
     A document of length n gets the numbers it would get alone (under dynamic RoPE scaling only while all
     of them fit ``max_position_embeddings``: the base follows the whole length). Raises ``InputError``.
     """
+    try:
+        lengths = [operator.index(length) for length in lengths]
+    except TypeError as error:
+        raise InputError(f"document lengths must be integers, got {lengths}") from error
     if not lengths or min(lengths) < 1:
-        raise InputError(f"document lengths must be positive, got {list(lengths)}")
+        raise InputError(f"document lengths must be positive, got {lengths}")
     counts = torch.tensor(lengths, device=device)
     document = torch.arange(len(lengths), device=device).repeat_interleave(counts)  # of each token
     start = (counts.cumsum(0) - counts).repeat_interleave(counts)

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from openllama.attention import attention, check_backend, prepare_mask
-from openllama.cache import Cache, KeyValue, as_cache
+from openllama.cache import Cache, KeyValue, PreallocatedCache, as_cache
 from openllama.config import OpenLlamaConfig
 from openllama.errors import InputError
 from openllama.inputs import check_attention_mask, check_input_ids, check_inputs_embeds, check_position_ids
 from openllama.masks import Mask
+from openllama.modes import compute_dtype
 from openllama.outputs import BaseModelOutput
 from openllama.pretrained import PretrainedModel
 from openllama.recompute import recomputed
@@ -197,8 +198,9 @@ class OpenLlamaModel(PretrainedModel):
         want_attentions = config.output_attentions if output_attentions is None else output_attentions
         want_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
 
-        x = self._embed(input_ids, inputs_embeds)  # (B, T, C)
-        context = self._context(x, attention_mask, position_ids, past_key_values, "eager" if want_attentions else None)
+        given, cache = self._check(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
+        x = given if inputs_embeds is not None else self.embedding(given.long())  # (B, T, C)
+        context = self._context(x, attention_mask, position_ids, cache, "eager" if want_attentions else None)
         states: list[Tensor] = []
         weights: list[Tensor] = []
         keys_values: list[KeyValue] = []
@@ -230,38 +232,59 @@ class OpenLlamaModel(PretrainedModel):
             warnings.warn("use_cache is switched off while gradient checkpointing trains", stacklevel=4)
         return False
 
-    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    def _check(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past: Cache | Sequence[KeyValue] | None,
+    ) -> tuple[Tensor, Cache]:
+        """Refuse what cannot be right before anything is computed: the input, and the past as a cache."""
+        config = self.config
         if input_ids is not None and inputs_embeds is None:
-            check_input_ids(input_ids, self.config.vocab_size)
-            return self.embedding(input_ids)
-        if inputs_embeds is not None and input_ids is None:
-            check_inputs_embeds(inputs_embeds, self.config.hidden_size)
-            return inputs_embeds
-        raise InputError(f"give either input_ids or inputs_embeds, got {'neither' if input_ids is None else 'both'}")
+            check_input_ids(input_ids, config.vocab_size)
+            given, dtype = input_ids, self.dtype
+        elif inputs_embeds is not None and input_ids is None:
+            check_inputs_embeds(inputs_embeds, config.hidden_size)
+            given, dtype = inputs_embeds, inputs_embeds.dtype
+        else:
+            raise InputError(
+                f"give either input_ids or inputs_embeds, got {'neither' if input_ids is None else 'both'}"
+            )
+        batch, length = given.shape[:2]
+        cache = as_cache(past, batch, config, dtype, given.device)
+        key_length = cache.get_seq_length() + length
+        if isinstance(cache, PreallocatedCache):
+            cache.check_room(length)
+        if position_ids is not None:
+            check_position_ids(position_ids, batch, length)
+        if attention_mask is not None:
+            check_attention_mask(attention_mask, batch, length, key_length, config.num_attention_heads)
+        return given, cache
 
     def _context(
         self,
         x: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
-        past: Cache | Sequence[KeyValue] | None,
+        cache: Cache,
         backend: str | None,
     ) -> Context:
         """Everything about this call that all layers need, computed once."""
-        config = self.config
-        batch, length = x.shape[:2]
-        cache = as_cache(past, batch, config, x.dtype, x.device)
+        config, backend = self.config, backend or self.attn_implementation
+        length = x.shape[1]
         key_length = cache.get_seq_length() + length  # S
         if position_ids is None:
-            position_ids = torch.arange(key_length - length, key_length, device=x.device)[None]
-        else:
-            position_ids = check_position_ids(position_ids, batch, length).to(x.device)
+            position_ids = torch.arange(key_length - length, key_length, device=x.device)
         rope = cos_sin(
-            position_ids, config.head_dim, config.rope_scaling, config.max_position_embeddings, key_length, x.dtype
+            position_ids.to(x.device).view(-1, length),
+            config.head_dim,
+            config.rope_scaling,
+            config.max_position_embeddings,
+            key_length,
+            compute_dtype(x),
         )
-        if attention_mask is not None:
-            check_attention_mask(attention_mask, batch, length, key_length, config.num_attention_heads)
-        backend = backend or self.attn_implementation
         return Context(rope, prepare_mask(attention_mask, length, key_length, x, backend), cache, backend)
 
     def _run(self, layer: nn.Module, *inputs: Any) -> tuple[Tensor, Tensor | None, KeyValue]:

@@ -20,6 +20,18 @@ class ModelOutput:
         """Names of the fields that are set."""
         return [f.name for f in fields(self) if getattr(self, f.name) is not None]
 
+    def values(self) -> list[Any]:
+        """The fields that are set."""
+        return list(self.to_tuple())
+
+    def items(self) -> list[tuple[str, Any]]:
+        """Names and values of the fields that are set."""
+        return list(zip(self.keys(), self.to_tuple(), strict=True))
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A field by name, or ``default`` where it is not set."""
+        return self[key] if key in self.keys() else default
+
     def to_tuple(self) -> tuple[Any, ...]:
         """The fields that are set, in order."""
         return tuple(getattr(self, name) for name in self.keys())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from openllama.checkpoint.convert import described
 from openllama.checkpoint.names import EMBEDDING, LM_HEAD, PREFIX, SCORE, Head, Weights, floating_dtype, select
@@ -33,6 +34,7 @@ class PretrainedModel(nn.Module):
     def __init__(self, config: OpenLlamaConfig) -> None:
         super().__init__()
         self.config = config
+        self._require_grads: RemovableHandle | None = None
 
     @property
     def config(self) -> OpenLlamaConfig:
@@ -80,9 +82,19 @@ class PretrainedModel(nn.Module):
     def gradient_checkpointing_disable(self) -> None:
         self.base_model.gradient_checkpointing = False
 
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self.base_model.gradient_checkpointing
+
     def enable_input_require_grads(self) -> None:
         """Let gradients flow from the embedding's output although the table is frozen, as adapters need it."""
-        self.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+        self.disable_input_require_grads()
+        self._require_grads = self.get_input_embeddings().register_forward_hook(_require_grad)
+
+    def disable_input_require_grads(self) -> None:
+        if self._require_grads is not None:
+            self._require_grads.remove()
+            self._require_grads = None
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.base_model.embedding.tokens
@@ -90,6 +102,8 @@ class PretrainedModel(nn.Module):
     def set_input_embeddings(self, module: nn.Embedding) -> None:
         """Replace the embedding table by one of the same shape; tied heads follow."""
         wanted = (self.config.vocab_size, self.config.hidden_size)
+        if not isinstance(module, nn.Embedding):
+            raise InputError(f"input embeddings must be an nn.Embedding, got {type(module).__name__}")
         if module.weight.shape != wanted:
             raise InputError(
                 f"input embeddings must be {wanted}, got {tuple(module.weight.shape)}; see resize_token_embeddings"
@@ -109,8 +123,8 @@ class PretrainedModel(nn.Module):
         """
         size = self.config.vocab_size if new_num_tokens is None else new_num_tokens
         if pad_to_multiple_of is not None:
-            if pad_to_multiple_of < 1:
-                raise InputError(f"pad_to_multiple_of must be at least 1, got {pad_to_multiple_of}")
+            if not isinstance(pad_to_multiple_of, int) or pad_to_multiple_of < 1:
+                raise InputError(f"pad_to_multiple_of must be a positive integer, got {pad_to_multiple_of!r}")
             size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
         if size != self.config.vocab_size:
             resize_vocabulary(self, size)
@@ -194,3 +208,7 @@ class PretrainedModel(nn.Module):
             shape = (self.config.num_labels, self.config.hidden_size)
             state[SCORE] = torch.empty(shape, dtype=dtype, device=device).normal_(std=self.config.initializer_range)
         return state if self.base_model is not self else {k.removeprefix(PREFIX): t for k, t in state.items()}
+
+
+def _require_grad(module: nn.Module, arguments: Any, output: Tensor) -> None:
+    output.requires_grad_(True)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openllama.modes import is_traced
+
 
 def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """``function(*inputs)``, of which autograd keeps the inputs and none of the values between.
@@ -16,14 +18,12 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     The derivatives are bit for bit those of calling it directly, except that an input's is one sum before
     what other uses of the input contribute is added. ``function`` must be deterministic.
     """
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the compiler chooses what to keep
+    if torch.is_grad_enabled() and not is_traced(*inputs):  # whoever traces chooses what to keep
         return _Recomputed.apply(function, *inputs)
     return function(*inputs)
 
 
 class _Recomputed(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         return function(*inputs)
@@ -37,9 +37,15 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with ctx.autocast:
-            pull_back = torch.func.vjp(ctx.function, *ctx.saved_tensors)[1]
-        return None, *pull_back(grad)
+        inputs, needed = ctx.saved_tensors, ctx.needs_input_grad[1:]
+        again = torch.is_grad_enabled()  # for a second derivative
+        if not again:
+            inputs = [x.detach().requires_grad_(one) for x, one in zip(inputs, needed, strict=True)]
+        with ctx.autocast, torch.enable_grad():
+            output = ctx.function(*inputs)
+        wanted = [x for x, one in zip(inputs, needed, strict=True) if one]
+        grads = iter(torch.autograd.grad(output, wanted, grad, create_graph=again))
+        return None, *(next(grads) if one else None for one in needed)
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor) -> Tensor:

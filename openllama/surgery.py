@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,8 +14,6 @@ from openllama.errors import InputError
 
 if TYPE_CHECKING:
     from openllama.pretrained import PretrainedModel
-
-Table = TypeVar("Table", nn.Embedding, nn.Linear)
 
 
 def init_weights(model: nn.Module, config: OpenLlamaConfig) -> None:
@@ -38,29 +37,43 @@ def resize_vocabulary(model: PretrainedModel, size: int) -> None:
     The padding row stays what it is: a negative padding id is replaced by the number of its row. Raises
     ``InputError`` where a special id of the config would lose its row.
     """
-    config = model.config
+    config, table, head = model.config, model.get_input_embeddings(), getattr(model, "lm_head", None)
     if not isinstance(size, int) or size < 1:
         raise InputError(f"the size of a vocabulary must be a positive integer, got {size!r}")
-    eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    special = {"pad_token_id": config.padding_idx, "bos_token_id": config.bos_token_id}
-    for name, value in [*special.items(), *(("eos_token_id", one) for one in eos)]:
-        if value is not None and value >= size:
+    if not isinstance(table, nn.Embedding) or not isinstance(head, nn.Linear | None):
+        raise InputError(
+            f"only an nn.Embedding and an nn.Linear can be resized, these are {type(table).__name__} and "
+            f"{type(head).__name__}; take adapters off first"
+        )
+    for name, value in _special_ids(model):
+        if value >= size:
             raise InputError(f"a vocabulary of {size} has no row for {name} {value}; change the config first")
     model.config = config = dataclasses.replace(config, vocab_size=size, pad_token_id=config.padding_idx)
-    old = model.get_input_embeddings()
-    table = nn.Embedding(size, config.hidden_size, config.padding_idx, device=old.weight.device, dtype=old.weight.dtype)
-    model.base_model.embedding.tokens = _filled(table, old, config)
-    head = getattr(model, "lm_head", None)
-    if isinstance(head, nn.Linear):
-        linear = nn.Linear(config.hidden_size, size, bias=False, device=head.weight.device, dtype=head.weight.dtype)
-        model.lm_head = _filled(linear, head, config)
+    _resize(table, nn.Embedding(size, config.hidden_size, config.padding_idx, **_place(table)), config)
+    table.num_embeddings, table.padding_idx = size, config.padding_idx
+    if head is not None:
+        _resize(head, nn.Linear(config.hidden_size, size, bias=False, **_place(head)), config)
+        head.out_features = size
         model.tie_weights()
 
 
-def _filled(new: Table, old: Table, config: OpenLlamaConfig) -> Table:
-    """``new`` with fresh weights, overwritten by as many rows as ``old`` has; frozen and in training as that was."""
-    init_weights(new, config)
-    rows = min(len(new.weight), len(old.weight))
+def _special_ids(model: PretrainedModel) -> Iterator[tuple[str, int]]:
+    """Every id that the model's configurations give a meaning."""
+    yield from [("pad_token_id", model.config.padding_idx)] if model.config.padding_idx is not None else []
+    for source in (model.config, getattr(model, "generation_config", None)):
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(source, name, None)
+            yield from ((name, one) for one in (value if isinstance(value, list) else [value]) if one is not None)
+
+
+def _place(module: nn.Embedding | nn.Linear) -> dict[str, Any]:
+    return {"device": module.weight.device, "dtype": module.weight.dtype}
+
+
+def _resize(module: nn.Embedding | nn.Linear, fresh: nn.Embedding | nn.Linear, config: OpenLlamaConfig) -> None:
+    """Give ``module`` the rows of ``fresh``, the first of them as they were; it stays frozen if it was."""
+    init_weights(fresh, config)
+    rows = min(len(fresh.weight), len(module.weight))
     with torch.no_grad():
-        new.weight[:rows] = old.weight[:rows]
-    return new.train(old.training).requires_grad_(old.weight.requires_grad)
+        fresh.weight[:rows] = module.weight[:rows]
+    module.weight = fresh.weight.requires_grad_(module.weight.requires_grad)

@@ -247,6 +247,11 @@ def test_nothing_a_tuple_a_list_and_both_caches_are_accepted() -> None:
     [
         (pairs(4, layers=3), ("3 layers", "model 2")),
         (pairs(4, batch=3), ("layer 0", "(3, 2, 4, 12)", "(2, 2, 4, 12)")),
+        (torch.zeros(2, 2, 2, 2, 4, 12), ("layer 0", "two tensors", "a Tensor")),
+        ([(*pair, 0) for pair in pairs(4)], ("layer 0", "two tensors", "3: (2, 2, 4, 12), (2, 2, 4, 12), int")),
+        ([(None, None)] * 2, ("layer 0", "two tensors", "2: NoneType, NoneType")),
+        ([(key[0], value[0]) for key, value in pairs(4)], ("4 dimensions", "(2, 4, 12)")),
+        ("ab", ("two tensors", "a str")),
         ([pairs(4)[0], pairs(3)[0]], ("layer 1", "(2, 2, 3, 12)", "(2, 2, 4, 12)")),
         ([(key, value[..., :-1]) for key, value in pairs(4)], ("(2, 2, 4, 11)", "(2, 2, 4, 12)")),
         ([(key[:, :1], value[:, :1]) for key, value in pairs(4)], ("(2, 1, 4, 12)", "(2, 2, 4, 12)")),

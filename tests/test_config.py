@@ -98,12 +98,20 @@ def test_the_misspelt_key_of_early_checkpoints_wins_and_is_written_correctly(mis
     assert "use_memorry_efficient_attention" not in config.to_dict()
 
 
-def test_labels_by_name_are_counted_unless_their_number_is_given() -> None:
+def test_labels_by_name_are_counted_as_in_hf_whatever_number_stands_beside_them() -> None:
     names = {"0": "bad", "1": "so so", "2": "good"}
     assert OpenLlamaConfig.from_dict({"id2label": names}).num_labels == 3
     assert OpenLlamaConfig.from_dict({"id2label": names}).to_dict()["id2label"] == names
-    assert OpenLlamaConfig.from_dict({"id2label": names, "num_labels": 4}).num_labels == 4
+    assert OpenLlamaConfig.from_dict({"id2label": names, "num_labels": 4}).num_labels == 3
     assert OpenLlamaConfig.from_dict({"id2label": None}).num_labels == 2
+
+
+def test_names_of_other_labels_than_there_are_now_are_not_written() -> None:
+    names = {"id2label": {"0": "bad", "1": "so so", "2": "good"}, "label2id": {"bad": 0, "so so": 1, "good": 2}}
+    config = OpenLlamaConfig.from_dict(names, num_labels=5)
+    assert config.num_labels == 5
+    assert OpenLlamaConfig.from_dict(config.to_dict()).num_labels == 5
+    assert not {"id2label", "label2id"} & set(config.to_dict())
 
 
 @pytest.mark.parametrize(

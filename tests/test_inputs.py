@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from openllama import OpenLlamaForCausalLM, OpenLlamaForSequenceClassification, OpenLlamaModel
+from openllama.cache import PreallocatedCache
 from openllama.errors import InputError
 from openllama.inputs import (
-    can_read_values,
     check_attention_mask,
     check_classification_labels,
     check_input_ids,
@@ -20,6 +23,7 @@ from openllama.inputs import (
     check_position_ids,
     is_integer,
 )
+from openllama.modes import can_read_values
 from tests.tiny import tiny_config, tiny_ids, tiny_model
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -94,11 +98,12 @@ def test_embeddings_of_any_floating_type_are_fine() -> None:
 
 
 @pytest.mark.parametrize("shape", [(3,), (1, 3), (2, 3)])
-def test_positions_come_back_with_two_dimensions(shape: tuple[int, ...]) -> None:
-    positions = torch.arange(3).expand(shape)
-    checked = check_position_ids(positions, 2, 3)
-    assert checked.ndim == 2
-    assert torch.equal(checked.expand(2, 3), positions.expand(2, 3))
+def test_positions_of_all_rows_or_of_each_are_fine(shape: tuple[int, ...]) -> None:
+    check_position_ids(torch.arange(3).expand(shape), 2, 3)
+    logits = [
+        tiny_model()(tiny_ids(2, 3), position_ids=torch.arange(3).expand(size)).logits for size in (shape, (2, 3))
+    ]
+    assert torch.equal(*logits)
 
 
 @pytest.mark.parametrize(
@@ -251,6 +256,46 @@ def test_a_mask_of_the_new_tokens_alone_is_refused() -> None:
     assert_says(message, "covers 3", "there are 7", "4 cached and 3 new")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"attention_mask": torch.ones(2, 6)},
+        {"position_ids": torch.full((2, 7), -1)},
+        {"past_key_values": [(torch.ones(2, 2, 4, 12), torch.ones(2, 2, 4, 12))]},
+        {"past_key_values": PreallocatedCache(tiny_config(), 2, 6)},
+        {"labels": torch.full((2, 7), 23)},
+        {"logits_to_keep": 1.0},
+        {"logits_to_keep": torch.tensor([1])},
+    ],
+    ids=str,
+)
+def test_nothing_is_computed_before_a_refusal(arguments: dict[str, Any]) -> None:
+    model = tiny_model()
+    started: list[object] = []
+    for module in model.model.modules():
+        if module is not model.model:
+            module.register_forward_pre_hook(lambda module, args: started.append(module))
+    refusal(model, tiny_ids(), **arguments)
+    assert not started
+
+
+def test_a_loss_needs_labels() -> None:
+    assert_says(refusal(tiny_model().loss, tiny_ids(), None), "labels", "NoneType")
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_every_integer_type_that_torch_computes_with_serves_as_ids_labels_and_positions(dtype: torch.dtype) -> None:
+    ids, positions = tiny_ids(), torch.arange(7)
+    found = tiny_model()(ids.to(dtype), labels=ids.to(dtype), position_ids=positions.to(dtype))
+    expected = tiny_model()(ids, labels=ids, position_ids=positions)
+    assert torch.equal(found.loss, expected.loss)
+    assert torch.equal(tiny_model().loss(ids.to(dtype), ids.to(dtype)), tiny_model().loss(ids, ids))
+
+
+def test_unsigned_types_that_torch_can_only_store_are_refused() -> None:
+    assert_says(refusal(tiny_model(), tiny_ids().to(torch.uint16)), "integers", "torch.uint16")
+
+
 def test_input_errors_are_value_errors() -> None:
     with pytest.raises(ValueError, match="vocabulary of 23"):
         tiny_model()(torch.tensor([[23]]))
@@ -267,6 +312,23 @@ def test_values_are_not_read_on_the_meta_device() -> None:
     check_labels(ids, torch.Size((1, 2)), 10)
     check_attention_mask(ids, 1, 2, 2)
     assert_says(refusal(check_input_ids, ids[0], 10), "(2,)")
+
+
+def test_shapes_can_be_computed_without_numbers() -> None:
+    with FakeTensorMode():
+        model, ids = tiny_model(), torch.zeros(2, 4, dtype=torch.long)
+        assert model(ids, attention_mask=torch.ones(2, 4), labels=ids).logits.shape == (2, 4, 23)
+        model.loss(ids, ids).backward()
+
+
+def test_operations_can_be_recorded() -> None:
+    model, ids = tiny_model(return_dict=False, use_cache=False), tiny_ids()
+    recorded = make_fx(lambda ids: model(ids)[0])(ids)
+    assert torch.equal(recorded(ids + 1), model(ids + 1)[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # jit is deprecated, and tells of every check it cannot follow
+        traced = torch.jit.trace(model, (ids,))
+    torch.testing.assert_close(traced(ids + 1)[0], model(ids + 1)[0])
 
 
 def test_values_are_not_read_while_compiling() -> None:

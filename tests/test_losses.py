@@ -99,6 +99,35 @@ def test_with_nothing_to_predict_the_loss_is_nan_in_both(labels: Tensor) -> None
     assert chunked_causal_lm_loss(logits, labels, torch.eye(7)).isnan()
 
 
+def test_with_nothing_to_predict_no_weight_is_told_to_move() -> None:
+    hidden, weight = torch.randn(1, 3, 7, requires_grad=True), torch.randn(5, 7, requires_grad=True)
+    chunked_causal_lm_loss(hidden, torch.full((1, 3), -100), weight).backward()
+    assert not hidden.grad.any()
+    assert not weight.grad.any()
+
+
+def test_a_second_derivative_of_the_chunked_loss_is_refused() -> None:
+    hidden = torch.randn(1, 3, 7, requires_grad=True)
+    loss = chunked_causal_lm_loss(hidden, torch.tensor([[1, 2, 3]]), torch.eye(7))
+    with pytest.raises(NotImplementedError, match=r"model\(input_ids, labels=labels\)"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+def test_function_transforms_of_the_chunked_loss_are_those_of_the_whole() -> None:
+    hidden, weight, labels = torch.randn(2, 4, 7), torch.randn(5, 7), torch.tensor([[1, 2, 3, 4], [0, 1, -100, 2]])
+
+    def whole(hidden: Tensor, weight: Tensor) -> Tensor:
+        return causal_lm_loss(hidden @ weight.T, labels)
+
+    def chunked(hidden: Tensor, weight: Tensor) -> Tensor:
+        return chunked_causal_lm_loss(hidden, labels, weight)
+
+    for argument in (0, 1):
+        found, expected = (torch.func.grad(loss, argument)(hidden, weight) for loss in (chunked, whole))
+        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.func.hessian(chunked)(hidden, weight), torch.func.hessian(whole)(hidden, weight))
+
+
 def test_classification_losses_are_what_their_names_say() -> None:
     logits = torch.tensor([[1.0, -2.0], [0.5, 3.0]])
     single = classification_loss(logits, torch.tensor([0, 1], dtype=torch.int32), "single_label_classification")

@@ -35,7 +35,11 @@ def test_keys_are_the_names_of_what_is_set() -> None:
     assert out["logits"] is out.logits is LOGITS
     assert "logits" in out
     assert "loss" not in out
-    assert dict(**out) == {"logits": LOGITS, "hidden_states": STATES}
+    assert dict(**out) == dict(out.items()) == {"logits": LOGITS, "hidden_states": STATES}
+    assert out.values() == [LOGITS, STATES]
+    assert out.get("logits") is LOGITS
+    assert out.get("loss") is None
+    assert out.get("no such field", 5) == 5
 
 
 @pytest.mark.parametrize("key", ["loss", "no_such_field", "keys"])

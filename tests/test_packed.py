@@ -103,6 +103,13 @@ def test_a_document_without_tokens_is_refused(lengths: list[int]) -> None:
     assert str(lengths) in str(caught.value)
 
 
+def test_lengths_may_be_a_tensor_but_not_fractions() -> None:
+    for one, other in zip(pack_documents(torch.tensor([2, 1])), pack_documents([2, 1]), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(InputError, match=r"must be integers, got \[2.0, 1\]"):
+        pack_documents([2.0, 1])
+
+
 def test_a_pack_of_another_length_than_the_row_is_refused() -> None:
     mask, positions = pack_documents([2, 4])
     with pytest.raises(InputError, match=r"\(2, 7\), got \(1, 6\)"):

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from openllama.model import _ACTIVATIONS
 from openllama.recompute import recomputed
@@ -87,6 +88,43 @@ def test_gradients_of_every_sample_of_a_batch_come_from_vmap():
         model(row[None], labels=row[None]).loss.backward()
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(found[name][number], parameter.grad, msg=name)
+
+
+@pytest.mark.parametrize(
+    "hooks",
+    [
+        torch.autograd.graph.save_on_cpu,
+        torch.autograd.graph.allow_mutation_on_saved_tensors,
+        lambda: torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
+    ],
+)
+def test_hooks_on_saved_tensors_may_be_there_in_the_backward_pass_too(hooks: Callable):
+    found, expected = tiny_model(), tiny_model()
+    with hooks():
+        found(tiny_ids(), labels=tiny_ids()).loss.backward()
+    expected(tiny_ids(), labels=tiny_ids()).loss.backward()
+    for one, other in zip(found.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+
+
+def test_a_penalty_on_gradients_can_be_recomputed_itself():
+    model, embedded = tiny_model(), torch.randn(2, 7, 24, requires_grad=True)
+
+    def penalty(x: Tensor) -> Tensor:
+        (slope,) = torch.autograd.grad(model(inputs_embeds=x, labels=tiny_ids()).loss, x, create_graph=True)
+        return slope.square().sum()
+
+    (expected,) = torch.autograd.grad(penalty(embedded), embedded)
+    (found,) = torch.autograd.grad(checkpoint(penalty, embedded, use_reentrant=False), embedded)
+    assert expected.any()
+    torch.testing.assert_close(found, expected)
+
+
+def test_what_is_frozen_gets_no_gradient_and_costs_none():
+    x, y = draw(4, 8), draw(4, 8).detach()
+    recomputed(gate, x, y).sum().backward()
+    assert y.grad is None
+    torch.testing.assert_close(x.grad, torch.autograd.grad(gate(x, y).sum(), x)[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -242,6 +242,58 @@ def test_the_embedding_that_is_set_is_the_one_used(kind: Any) -> None:
     assert torch.equal(model(tiny_ids())[0], other(tiny_ids())[0])
 
 
+@pytest.mark.parametrize("fields", [{"shared_input_output_embedding": False}, {"tie_word_embeddings": True}])
+def test_modules_of_another_kind_are_refused_by_name(fields: dict[str, bool]) -> None:
+    model = tiny_model(**{"shared_input_output_embedding": False, **fields})
+    with pytest.raises(InputError, match=r"nn\.Linear without bias, got Embedding"):
+        model.set_output_embeddings(model.get_input_embeddings())
+    with pytest.raises(InputError, match=r"nn\.Linear without bias, got Linear.*bias=True"):
+        model.set_output_embeddings(nn.Linear(24, 23))
+    with pytest.raises(InputError, match=r"nn\.Linear without bias, got None"):
+        model.set_output_embeddings(None)
+    with pytest.raises(InputError, match=r"nn\.Embedding, got Linear"):
+        model.set_input_embeddings(nn.Linear(24, 23))
+
+
+def test_a_shared_model_takes_its_own_table_back_as_its_head() -> None:
+    model = tiny_model(shared_input_output_embedding=True)
+    model.set_output_embeddings(model.get_output_embeddings())
+    assert model.lm_head is None
+
+
+@pytest.mark.parametrize("place", ["lm_head", "model.embedding.tokens"])
+def test_what_an_adapter_has_wrapped_is_not_resized(place: str) -> None:
+    model = tiny_model(shared_input_output_embedding=False)
+    module = model.get_submodule(place)
+    wrapper = nn.Sequential(module)
+    wrapper.weight = module.weight
+    parent, _, name = place.rpartition(".")
+    setattr(model.get_submodule(parent), name, wrapper)
+    with pytest.raises(InputError, match="Sequential; take adapters off" if not parent else "Sequential and Linear"):
+        model.resize_token_embeddings(30)
+    assert model.config.vocab_size == 23
+
+
+def test_a_hook_on_the_table_outlives_another_size() -> None:
+    model = tiny_model().requires_grad_(False)
+    model.enable_input_require_grads()
+    model.resize_token_embeddings(30)
+    assert model(tiny_ids()).logits.requires_grad
+
+
+def test_an_id_that_only_generation_knows_keeps_its_row() -> None:
+    model = tiny_model()
+    model.generation_config = model.generation_config.replace(eos_token_id=22)
+    with pytest.raises(InputError, match="no row for eos_token_id 22"):
+        model.resize_token_embeddings(22)
+
+
+@pytest.mark.parametrize("multiple", ["8", 2.5, 0])
+def test_a_multiple_that_is_no_positive_integer_is_refused(multiple: object) -> None:
+    with pytest.raises(InputError, match="pad_to_multiple_of must be a positive integer"):
+        tiny_model().resize_token_embeddings(30, pad_to_multiple_of=multiple)
+
+
 @pytest.mark.parametrize("shape", [(22, 24), (23, 12), (24, 24)])
 def test_tables_of_another_shape_are_refused(shape: tuple[int, int]) -> None:
     model = tiny_model(shared_input_output_embedding=False)

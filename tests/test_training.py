@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -236,6 +237,17 @@ def test_gradients_flow_from_a_frozen_embedding_once_asked_for(kind: Any) -> Non
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_the_wish_for_gradients_survives_pickling_and_can_be_taken_back() -> None:
+    wishing = tiny_model().requires_grad_(False)
+    wishing.enable_input_require_grads()
+    wishing.enable_input_require_grads()
+    again = pickle.loads(pickle.dumps(wishing))
+    assert again(tiny_ids()).logits.requires_grad
+    for one in (wishing, again):
+        one.disable_input_require_grads()
+        assert not one(tiny_ids()).logits.requires_grad
+
+
 # --- a loss without all logits ---
 
 
@@ -362,3 +374,24 @@ def test_the_chunked_loss_refuses_labels_before_any_work(labels: Tensor, said: t
     with pytest.raises(InputError) as caught:
         model.loss(tiny_ids(), labels)
     assert [part for part in said if part not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize("label", [torch.full((2, 7), -100), tiny_ids()])
+def test_a_head_with_a_bias_has_its_share_in_the_loss(label: Tensor) -> None:
+    model = tiny_model(shared_input_output_embedding=False)
+    model.lm_head = torch.nn.Linear(24, 23)
+    torch.testing.assert_close(
+        model.loss(tiny_ids(), label), model(tiny_ids(), labels=label).loss, equal_nan=True, rtol=0, atol=0
+    )
+
+
+def test_the_chunked_loss_has_a_shape_on_the_meta_device() -> None:
+    model, ids = tiny_model().to("meta"), tiny_ids().to("meta")
+    model.loss(ids, ids).backward()
+    assert {p.grad.shape == p.shape for p in model.parameters()} == {True}
+
+
+def test_autocast_leaves_a_float64_model_alone_in_both_losses() -> None:
+    model = tiny_model().double()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model.loss(tiny_ids(), tiny_ids()), model(tiny_ids(), labels=tiny_ids()).loss)

@@ -60,6 +60,25 @@ def test_loss_and_gradients_in_training_are_hf_s(
     compared["models, training: loss and all gradients"] += 1
 
 
+@examples(30)
+@given(data=st.data(), config=configs(**hf_trains, shared_input_output_embedding=False), seed=seeds)
+def test_under_autocast_everything_is_hf_s(data: st.DataObject, config: OpenLlamaConfig, seed: int) -> None:
+    batch = data.draw(batches(config))
+    assume(length_of(batch) > 1)
+    hf = hf_model(config, seed).train()
+    ours = our_twin(hf, config).train()
+    found = []
+    for model in (ours, hf):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(**batch, use_cache=True)
+        out.loss.backward()
+        cached = {f"key {i}": key for i, (key, _) in enumerate(out.past_key_values)}
+        found.append({"loss": out.loss.detach(), "logits": out.logits.detach(), **cached, **gradients(model)})
+    assert_same(*found, bitwise=True)
+    assert found[0]["key 0"].dtype == torch.bfloat16
+    compared["models, training under autocast: all values and gradients"] += 1
+
+
 @examples(12)
 @given(data=st.data(), config=configs(**hf_trains, shared_input_output_embedding=False), seed=seeds)
 def test_a_few_steps_of_sgd_end_in_hf_s_weights(data: st.DataObject, config: OpenLlamaConfig, seed: int) -> None:
