@@ -22,6 +22,7 @@ from torch import Tensor
 
 from openllama.cache import PreallocatedCache
 from openllama.errors import InputError
+from openllama.generation import GenerationConfig
 from openllama.generation.text import decoded, until
 from openllama.heads import OpenLlamaForCausalLM
 from openllama.tokenizer import OpenLlamaTokenizer
@@ -42,7 +43,7 @@ class ChatTemplate:
     @classmethod
     def from_file(cls, path: Path) -> ChatTemplate:
         """The template that a text file holds, without the newline at its end."""
-        return cls(path.read_text(encoding="utf-8").removesuffix("\n"))
+        return cls(path.read_text(encoding="utf-8", errors="surrogateescape").removesuffix("\n"))
 
     def question(self, prompt: str) -> str:
         """A turn up to where its answer begins."""
@@ -52,9 +53,10 @@ class ChatTemplate:
 class ChatSession:
     """The turns so far as ids, and the cache over them.
 
-    Model and cache hold ``max_position_embeddings`` tokens. When a question and ``max_new_tokens`` do
-    not fit any more the oldest turns go, and ``dropped`` says how many went for the last question.
-    ``settings`` are those of ``generate``.
+    Model and cache hold ``max_position_embeddings`` tokens. When a question and ``max_new_tokens``, or
+    half the context if that is less, do not fit any more the oldest turns go, and ``dropped`` says how
+    many went for the last question. ``settings`` are those of ``generate``; raises ``InputError`` for
+    those that cannot serve a conversation.
     """
 
     def __init__(
@@ -68,9 +70,13 @@ class ChatSession:
         self.model, self.tokenizer, self.template = model, tokenizer, template or ChatTemplate()
         self.context = model.config.max_position_embeddings
         self.max_new_tokens, self.settings = max_new_tokens, settings
+        self._config: GenerationConfig = settings.get("generation_config") or model.generation_config
         self._end = self._encode(self.template.end)
         self._cache = PreallocatedCache(model.config, 1, self.context, model.dtype, model.device)
         self.reset()
+        self._stream([0], min(max_new_tokens, self.context - 1))  # checks the settings
+        if (count := self._config.num_return_sequences) > 1:
+            raise InputError(f"a conversation has one answer to a question, not num_return_sequences={count}")
 
     def reset(self) -> None:
         """Forget everything said."""
@@ -94,6 +100,7 @@ class ChatSession:
         try:
             yield from until(decoded(self.tokenizer, tuple(turn), self._tokens(turn)), stop_strings)
         finally:  # however the answer came to its end, the turn has one
+            self._cache.crop(sum(map(len, self.turns)) - 1)  # the cache never holds what was not said
             answer = turn[question:]
             self.answered = len(answer)
             if answer[-len(self._end) :] != self._end and self.template.end not in self.tokenizer.decode(answer):
@@ -101,19 +108,21 @@ class ChatSession:
 
     def _tokens(self, turn: list[int]) -> Iterator[Tensor]:
         """Continue all turns, and add each token to the last."""
-        ids = torch.tensor([[token_id for turn in self.turns for token_id in turn]])
-        room = self.context - ids.shape[1] - len(self._end)
-        config = self.settings.get("generation_config") or self.model.generation_config
-        ends = self._end if len(self._end) == 1 else []
-        for token in self.model.stream(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=self._cache,
-            max_new_tokens=min(self.max_new_tokens, room),
-            **{**self.settings, "eos_token_id": sorted({*config.eos_token_ids, *ends})},
-        ):
+        text = [token_id for turn in self.turns for token_id in turn]
+        room = self.context - len(text) - len(self._end)
+        for token in self._stream(text, min(self.max_new_tokens, room)):
             turn.append(int(token))
             yield token
+
+    def _stream(self, text: list[int], max_new_tokens: int) -> Iterator[Tensor]:
+        ends = self._end if len(self._end) == 1 else []
+        return self.model.stream(
+            ids := torch.tensor([text]),
+            attention_mask=torch.ones_like(ids),
+            past_key_values=self._cache,
+            max_new_tokens=max_new_tokens,
+            **{**self.settings, "eos_token_id": sorted({*self._config.eos_token_ids, *ends})},
+        )
 
     def _make_room(self, question: int) -> None:
         """Drop the oldest turns until question and answer fit; then what stays is computed anew."""
@@ -121,7 +130,8 @@ class ChatSession:
         if needed >= self.context:
             raise InputError(f"a question of {question} tokens leaves no room for an answer in {self.context}")
         self.dropped = 0
-        while self.turns and sum(map(len, self.turns)) + needed + self.max_new_tokens > self.context:
+        answer = min(self.max_new_tokens, self.context // 2)
+        while self.turns and sum(map(len, self.turns)) + needed + answer > self.context:
             del self.turns[0]
             self.dropped += 1
         if self.dropped:

@@ -132,3 +132,48 @@ def test_a_template_is_read_from_a_file(tmp_path):
     template = ChatTemplate.from_file(tmp_path / "template")
     assert template.question("why?") == "Q: why?\nA: "
     assert template.end == "\n\n"
+
+
+@pytest.mark.parametrize("guesses", ["none", "lookup", "assistant"])
+@pytest.mark.parametrize("taken", [1, 2, 4, 7])
+def test_what_an_interrupted_answer_guessed_ahead_is_not_remembered(tokenizer, guesses, taken):
+    model = session_of(tokenizer).model
+    settings = {"lookup": {"prompt_lookup_num_tokens": 5}, "assistant": {"assistant_model": model}}.get(guesses, {})
+    generation_config = model.generation_config.replace(**{k: v for k, v in settings.items() if k != "assistant_model"})
+    models = {k: v for k, v in settings.items() if k == "assistant_model"}
+    session = ChatSession(model, tokenizer, max_new_tokens=20, generation_config=generation_config, **models)
+    pieces = session.ask("the king, the king, the king,")
+    for _ in range(taken):
+        next(pieces)
+    pieces.close()
+    before = [token for turn in session.turns for token in turn]
+    assert session._cache.get_seq_length() < len(before)
+    answer = say(session, "And he?")
+    anew = ChatSession(model, tokenizer, max_new_tokens=20)
+    anew.turns = [before]
+    assert say(anew, "And he?") == answer
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_beams": 3}, "num_beams"),
+        ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "past_key_values"),
+        ({"suppress_tokens": [99999]}, "99999"),
+        ({"min_new_tokens": 50}, "min_new_tokens 50"),
+    ],
+)
+def test_settings_that_cannot_serve_a_conversation_are_refused_at_once(tokenizer, settings, message):
+    model = session_of(tokenizer).model
+    with pytest.raises(InputError, match=message):
+        ChatSession(model, tokenizer, max_new_tokens=8, generation_config=model.generation_config.replace(**settings))
+
+
+def test_at_most_half_of_the_context_is_kept_free_for_an_answer(tokenizer):
+    session = session_of(tokenizer, context=400, max_new_tokens=1000)
+    pieces = session.ask("Who art thou?")
+    next(pieces)
+    pieces.close()
+    next(session.ask("And he?"))
+    assert (session.dropped, len(session.turns)) == (0, 2)

@@ -265,12 +265,21 @@ def test_a_text_ends_before_a_stop_string(capsys, folder, tmp_path, way):
     ("words", "message"),
     [
         (["--stop", ""], "--stop"),
+        (["--greedy", "--set", "do_sample=true"], "do_sample"),
+        (["--max-new-tokens", "3", "--set", "max_new_tokens=4"], "max_new_tokens"),
+        (["--seed", "99999999999999999999"], "--seed"),
+        (["--device", "nosuch"], "--device nosuch"),
+        (["--output", "x"], "--output belongs to --jsonl"),
+        (["--on-error", "skip"], "--on-error belongs to --jsonl"),
+        (["--prompt", ""], "empty"),
+        (["--set", "do_sample=no"], "do_sample must be True or False, got 'no'"),
+        (["--set", "eos_token_id=abc"], "eos_token_id"),
         (["--assistant", "nowhere"], "nowhere"),
         (["--set", "num_beam=3"], "num_beam"),
         (["--set", "num_beams"], "NAME=VALUE"),
         (["--greedy", "--top-p", "0.5"], "--greedy"),
         (["--jsonl", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--batch-size", "0"], "batch-size"),
+        (["--jsonl", "x", "--batch-size", "0"], "batch-size"),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(capsys, folder, words, message):
@@ -278,6 +287,63 @@ def test_bad_settings_are_refused_in_one_line(capsys, folder, words, message):
     code, out, err = run(capsys, "generate", folder, *prompt, *words)
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert message in err
+
+
+@pytest.mark.parametrize("words", [["temperature=0.9"], ["repetition_penalty=1.1"], ["do_sample=True"]])
+def test_a_setting_leaves_sampling_on(capsys, folder, words):
+    settings = [word for setting in words for word in ("--set", setting)]
+    texts = {run(capsys, "generate", folder, "--prompt", "To", "--seed", seed, *settings)[1] for seed in range(3)}
+    assert len(texts) == 3
+
+
+@pytest.mark.parametrize("words", [["num_beams=2"], ["penalty_alpha=0.6", "top_k=4"], ["do_sample=False"]])
+def test_a_search_is_not_sampled_unless_asked(capsys, folder, words):
+    settings = [word for setting in words for word in ("--set", setting)]
+    texts = {run(capsys, "generate", folder, "--prompt", "To", "--seed", seed, *settings)[1] for seed in range(3)}
+    assert len(texts) == 1
+
+
+def test_a_length_that_is_set_holds(capsys, folder):
+    for setting in ("max_new_tokens=3", "max_length=6"):
+        code, _, err = run(capsys, "generate", folder, "--prompt", "To be", "--set", setting, "--greedy")
+        assert code == 0
+        assert int(err.split(" tokens")[0]) <= 5
+
+
+@pytest.mark.parametrize("words", [["--set", "prompt_lookup_num_tokens=3"], ["--assistant", "FOLDER"]])
+def test_guessing_ahead_answers_lines_one_at_a_time(capsys, folder, tmp_path, words):
+    lines = write_lines(tmp_path / "in", {"prompt": "To be"}, {"prompt": "or not"})
+    arguments = ("generate", folder, "--jsonl", lines, "--max-new-tokens", 5, "--greedy")
+    code, out, err = run(capsys, *arguments, *[folder if word == "FOLDER" else word for word in words])
+    assert code == 0, err
+    assert out == run(capsys, *arguments)[1]
+
+
+def test_a_refusal_leaves_an_output_file_as_it_was(capsys, folder, tmp_path):
+    lines = write_lines(tmp_path / "in", {"prompt": "To be"}, "no object")
+    (tmp_path / "out").write_text("precious")
+    refused = [
+        ("--jsonl", lines),
+        ("--jsonl", write_lines(tmp_path / "in 2", {"prompt": "x"}), "--set", "min_new_tokens=999"),
+    ]
+    for words in refused:
+        assert run(capsys, "generate", folder, *words, "--output", tmp_path / "out")[0] == 1
+        assert (tmp_path / "out").read_text() == "precious"
+
+
+def test_bytes_that_are_no_text_are_a_refusal_of_their_line(capsys, folder, tmp_path):
+    (tmp_path / "in").write_bytes(b'{"prompt": "a\xff"}\n\n{"prompt": NaN}\n{"prompt": "b"}\n')
+    arguments = ("generate", folder, "--jsonl", tmp_path / "in", "--max-new-tokens", 2)
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (1, "")
+    assert "line 1" in err
+    code, out, err = run(capsys, *arguments, "--on-error", "skip")
+    assert (code, out.count("\n")) == (0, 1)
+    assert "skipped line 1" in err
+    assert "skipped line 3: " in err
+    (tmp_path / "prompt").write_bytes(b"a\xff")
+    code, _, err = run(capsys, "generate", folder, "--prompt-file", tmp_path / "prompt")
+    assert (code, err.count("\n")) == (1, 1)
 
 
 def test_the_prompt_can_be_a_file(capsys, folder, tmp_path):
@@ -298,6 +364,20 @@ def test_chat_over_a_pipe_answers_each_line(capsys, folder, monkeypatch):
     assert "forgotten" in err
     assert "/nonsense is no command" in err
     assert "> " not in err + out, "no prompt where nobody reads it"
+
+
+def test_a_question_that_cannot_be_read_does_not_end_the_chat(capsys, folder, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi \udcff\nho\nlast\\"))
+    code, _, err = run(capsys, "chat", folder, "--max-new-tokens", 4)
+    assert code == 0
+    assert "lone surrogate" in err
+    assert err.count("tokens/s") == 2
+
+
+def test_settings_that_no_chat_can_have_are_refused_before_the_first_question(capsys, folder, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
+    code, _, err = run(capsys, "chat", folder, "--set", "num_beams=3")
+    assert (code, err.count("\n")) == (1, 1)
 
 
 def test_chat_says_when_old_turns_are_dropped_and_refuses_what_is_too_long(capsys, folder, monkeypatch, tmp_path):

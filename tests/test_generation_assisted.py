@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from openllama.cache import PreallocatedCache
 from openllama.generation.assisted import Lookup
 from openllama.generation.loop import Texts
 from openllama.generation.request import prepare
@@ -148,3 +149,14 @@ def test_a_past_is_continued(model):
         past = model(PROMPT[:, :2]).past_key_values
     for settings in ({"assistant_model": make_model()}, {"prompt_lookup_num_tokens": 3}):
         assert torch.equal(model.generate(PROMPT, past_key_values=past, max_new_tokens=9, **settings), expected)
+
+
+@pytest.mark.parametrize("taken", [1, 2, 3, 5])
+def test_a_stream_that_is_left_early_has_cached_nothing_that_was_not_taken(model, taken):
+    cache = PreallocatedCache(model.config, 1, 40)
+    tokens = model.stream(PROMPT, max_new_tokens=20, assistant_model=make_model(), past_key_values=cache)
+    ids = torch.cat((PROMPT, *(next(tokens)[None] for _ in range(taken))), dim=1)
+    del tokens
+    assert cache.get_seq_length() < ids.shape[1]
+    expected = model.generate(ids, max_new_tokens=5)
+    assert torch.equal(model.generate(ids, max_new_tokens=5, past_key_values=cache), expected)

@@ -71,6 +71,18 @@ def test_none_switches_off_what_may_be_off():
         ("num_return_sequences", (0,)),
         ("prompt_lookup_num_tokens", (0,)),
         ("early_stopping", ("always", None)),
+        ("do_sample", ("no", 1, None)),
+        ("use_cache", ("no",)),
+        ("num_beams", (2.0, True)),
+        ("top_k", (2.0,)),
+        ("max_length", (0, "x", None)),
+        ("eos_token_id", ("abc", 2.5, True, torch.tensor(2))),
+        ("pad_token_id", ("x", [1])),
+        ("forced_bos_token_id", ("x", [3])),
+        ("suppress_tokens", (5, ["a"])),
+        ("bad_words_ids", ([5], [[3.5]])),
+        ("exponential_decay_length_penalty", (3, [3], [3, "x"])),
+        ("sequence_bias", ({(3,): float("nan")}, {(3.5,): 1.0})),
         ("sequence_bias", ({(): 1.0}, {3: 1.0}, [[1, 2, 3]])),
     ],
 )
@@ -86,6 +98,40 @@ def test_the_message_for_temperature_zero_says_what_to_do():
 
 
 ONE, TWO = torch.tensor([[5, 9, 13]]), torch.tensor([[5, 9, 13], [7, 2, 30]])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("generation_config", {"top_k": 3}),
+        ("generator", 5),
+        ("logits_processor", [3]),
+        ("logits_processor", len),
+        ("stopping_criteria", [3]),
+        ("stopping_criteria", len),
+        ("assistant_model", 3),
+        ("extra", {}),
+    ],
+)
+def test_objects_of_another_kind_are_refused_by_name(model, name, value):
+    calls: list[int] = []
+    handle = count_forwards(model, calls)
+    with pytest.raises(InputError, match=name):
+        model.generate(ONE, max_new_tokens=2, **{name: value})
+    handle.remove()
+    assert calls == []
+
+
+@pytest.mark.parametrize("text", ["[]", '{"exponential_decay_length_penalty": 3}', '{"eos_token_id": "x"}'])
+def test_a_file_of_another_shape_is_refused_with_its_path(tmp_path, text):
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"generation_config\.json"):
+        GenerationConfig.from_pretrained(tmp_path)
+
+
+def test_null_in_a_file_is_the_default_where_it_is_no_value():
+    config = GenerationConfig.from_dict({"do_sample": None, "max_length": None, "top_k": None})
+    assert (config.do_sample, config.max_length, config.top_k) == (False, 20, None)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from openllama import __version__
 from openllama.cli import chat, checkpoints, generate
@@ -19,7 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning  # type: ignore[assignment]
+            options.run(options)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
@@ -32,6 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"openllama: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _show_warning(message: Warning | str, *where: Any) -> None:
+    """One line, without the place in the code."""
+    print(f"openllama: {message}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

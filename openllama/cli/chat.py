@@ -10,7 +10,7 @@ from pathlib import Path
 
 from openllama.chat import ChatSession, ChatTemplate
 from openllama.cli.common import Commands, add_generation_options, add_model_options, generation_arguments, load
-from openllama.errors import InputError
+from openllama.errors import OpenLlamaError
 
 HELP = """\
 /reset   forget the conversation          Ctrl-C  stop the answer
@@ -34,7 +34,8 @@ def _chat(options: argparse.Namespace) -> None:
     template = ChatTemplate.from_file(options.template) if options.template else ChatTemplate()
     model, tokenizer = load(options)
     arguments = generation_arguments(options, model, tokenizer)
-    session = ChatSession(model, tokenizer, template, options.max_new_tokens, **arguments)
+    most = arguments["generation_config"].max_new_tokens or options.default_new_tokens
+    session = ChatSession(model, tokenizer, template, most, **arguments)
     interactive = sys.stdin.isatty()
     if interactive:
         with contextlib.suppress(ImportError):
@@ -58,7 +59,9 @@ def _read(interactive: bool) -> str:
     """One question, which may span lines; raises EOFError at the end of input."""
     line = input("> " if interactive else "")
     while line.endswith("\\"):
-        line = line[:-1] + "\n" + input(". " if interactive else "")
+        line = line[:-1] + "\n"
+        with contextlib.suppress(EOFError):  # what stands there is asked
+            line += input(". " if interactive else "")
     return line.strip()
 
 
@@ -74,14 +77,15 @@ def _respond(session: ChatSession, line: str) -> None:
     elif line:
         try:
             _answer(session, line)
-        except InputError as error:  # of this question; the conversation goes on
+        except OpenLlamaError as error:  # of this question; the conversation goes on
             print(f"({error})", file=sys.stderr)
 
 
 def _answer(session: ChatSession, question: str) -> None:
     pieces = session.ask(question)
     if session.dropped:
-        print(f"(no room: the oldest {session.dropped} turns are forgotten)", file=sys.stderr)
+        what = "turn is" if session.dropped == 1 else f"{session.dropped} turns are"
+        print(f"(no room: the oldest {what} forgotten)", file=sys.stderr)
     start = time.perf_counter()
     with contextlib.closing(pieces):
         try:

@@ -19,7 +19,7 @@ from openllama.tokenizer import OpenLlamaTokenizer
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 DTYPES = ("float32", "bfloat16", "float16")
-SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 0, "top_p": 0.95}  # of a command without --set
+SAMPLING = {"temperature": 0.8, "top_k": 0, "top_p": 0.95}  # unless told otherwise
 
 
 def add_model_options(command: argparse.ArgumentParser) -> None:
@@ -31,6 +31,10 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
 
 def load(options: argparse.Namespace) -> tuple[OpenLlamaForCausalLM, OpenLlamaTokenizer]:
     """The model and the tokenizer of the folder that the command names."""
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
     tokenizer = OpenLlamaTokenizer.from_pretrained(options.dir)
     return _load_model(options.dir, options), tokenizer
 
@@ -42,8 +46,11 @@ def _load_model(folder: Path, options: argparse.Namespace) -> OpenLlamaForCausal
 
 
 def add_generation_options(command: argparse.ArgumentParser, max_new_tokens: int) -> None:
-    group = command.add_argument_group("generation", "without --set: sampling at temperature 0.8, top-p 0.95")
-    group.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help="default: %(default)s")
+    group = command.add_argument_group(
+        "generation", "text is sampled at temperature 0.8 and top-p 0.95; beams and contrastive search are greedy"
+    )
+    group.add_argument("--max-new-tokens", type=int, metavar="N", help=f"default: {max_new_tokens}")
+    command.set_defaults(default_new_tokens=max_new_tokens)
     group.add_argument("--greedy", action="store_true", help="the likeliest token each time, instead of drawing")
     group.add_argument("--temperature", type=float, metavar="T", help="below 1 sharpens the distribution")
     group.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens")
@@ -65,18 +72,9 @@ def generation_arguments(
     options: argparse.Namespace, model: OpenLlamaForCausalLM, tokenizer: OpenLlamaTokenizer
 ) -> dict[str, Any]:
     """Arguments of ``generate``: the settings that the options make, checked, and what is no setting."""
-    settings: dict[str, Any] = dict(_assignments(options.set))
-    given = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
-    given = {name: value for name, value in given.items() if value is not None}
-    if options.greedy and given:
-        raise InputError(f"--greedy draws nothing; it cannot be combined with {', '.join(given)}")
-    if options.greedy:
-        settings["do_sample"] = False
-    elif not settings:
-        settings = {**SAMPLING, **given}
-    elif given:
-        settings = {"do_sample": True, **given, **settings}
-    config = model.generation_config.replace(**{"max_new_tokens": options.max_new_tokens, **settings})
+    config = model.generation_config.replace(**_settings(options))
+    if options.seed is not None and not 0 <= options.seed < 2**63:
+        raise InputError(f"--seed must be a number from 0 to 2**63 - 1, got {options.seed}")
     generator = None if options.seed is None else torch.Generator(model.device).manual_seed(options.seed)
     return {
         "generation_config": config,
@@ -86,8 +84,28 @@ def generation_arguments(
     }
 
 
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What the options set; text is sampled where they ask for nothing else."""
+    settings: dict[str, Any] = dict(_assignments(options.set))
+    given = {
+        n: v for n in ("max_new_tokens", "temperature", "top_k", "top_p") if (v := getattr(options, n)) is not None
+    }
+    if twice := sorted(given.keys() & settings.keys()):
+        raise InputError(f"{', '.join(twice)}: given by an option of its own and by --set; use one of them")
+    drawing = sorted((given.keys() - {"max_new_tokens"}) | (settings.keys() & {"do_sample"}))
+    if options.greedy and drawing:
+        raise InputError(f"--greedy draws nothing; it cannot be combined with {', '.join(drawing)}")
+    searches = settings.keys() & {"num_beams", "penalty_alpha"}
+    settings |= given
+    if settings.setdefault("do_sample", not options.greedy and (bool(drawing) or not searches)):
+        settings = {**SAMPLING, **settings}
+    if not settings.keys() & {"max_new_tokens", "max_length"}:
+        settings["max_new_tokens"] = options.default_new_tokens
+    return settings
+
+
 def _assignments(texts: list[str]) -> Iterator[tuple[str, Any]]:
-    """Pairs of NAME=VALUE; a value is JSON, or else the text itself."""
+    """Pairs of NAME=VALUE; a value is JSON, or a word of Python's, or else the text itself."""
     for text in texts:
         name, found, value = text.partition("=")
         if not found:
@@ -95,7 +113,7 @@ def _assignments(texts: list[str]) -> Iterator[tuple[str, Any]]:
         try:
             yield name, json.loads(value)
         except ValueError:
-            yield name, value
+            yield name, {"True": True, "False": False, "None": None}.get(value, value)
 
 
 def _only_ids_below(pieces: int) -> LogitsProcessor:

@@ -24,6 +24,8 @@ from openllama.generation.text import decoded, stop_at, until
 from openllama.heads import OpenLlamaForCausalLM
 from openllama.tokenizer import OpenLlamaTokenizer
 
+TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}  # the tokenizer says which byte is wrong
+
 
 def add_commands(commands: Commands) -> None:
     command = commands.add_parser("generate", help="continue prompts, token by token or in batches")
@@ -33,8 +35,8 @@ def add_commands(commands: Commands) -> None:
     source.add_argument("--prompt-file", type=Path, help="file whose text is continued")
     source.add_argument("--jsonl", type=Path, help='file of lines {"prompt": TEXT, ...}, - for stdin; JSON lines out')
     command.add_argument("--output", type=Path, help="file for --jsonl's answers (default: stdout)")
-    command.add_argument("--batch-size", type=int, default=8, help="of --jsonl (default: %(default)s)")
-    command.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="at a line that is no prompt")
+    command.add_argument("--batch-size", type=int, help="of --jsonl (default: 8, or 1 where tokens are guessed ahead)")
+    command.add_argument("--on-error", choices=("stop", "skip"), help="at a line that is no prompt (default: stop)")
     command.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be given again"
     )
@@ -43,10 +45,7 @@ def add_commands(commands: Commands) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    if options.batch_size < 1:
-        raise InputError(f"--batch-size must be at least 1, got {options.batch_size}")
-    if "" in options.stop:
-        raise InputError("--stop takes a text that is not empty")
+    _check(options)
     prompts = [] if options.jsonl else _prompts(options)
     model, tokenizer = load(options)
     arguments = generation_arguments(options, model, tokenizer)
@@ -59,13 +58,29 @@ def _generate(options: argparse.Namespace) -> None:
     print(f"{count} tokens, {speed:.1f} tokens/s, peak memory {_peak_memory(model.device)}", file=sys.stderr)
 
 
+def _check(options: argparse.Namespace) -> None:
+    """Refuse options that cannot be meant."""
+    if options.batch_size is not None and options.batch_size < 1:
+        raise InputError(f"--batch-size must be at least 1, got {options.batch_size}")
+    if "" in options.stop:
+        raise InputError("--stop takes a text that is not empty")
+    for name in ("output", "batch_size", "on_error"):
+        if not options.jsonl and getattr(options, name) is not None:
+            raise InputError(f"--{name.replace('_', '-')} belongs to --jsonl")
+
+
 def _prompts(options: argparse.Namespace) -> list[str]:
     if options.prompt:
-        return options.prompt
-    text = options.prompt_file.read_text(encoding="utf-8") if options.prompt_file else sys.stdin.read()
-    if not text.removesuffix("\n"):
-        raise InputError("no prompt: give --prompt TEXT, --prompt-file FILE, or text on standard input")
-    return [text.removesuffix("\n")]
+        prompts = options.prompt
+    elif options.prompt_file:
+        prompts = [options.prompt_file.read_text(**TEXT).removesuffix("\n")]
+    else:
+        prompts = [sys.stdin.read().removesuffix("\n")]
+    if not all(prompts):
+        raise InputError(
+            "no prompt, or an empty one; give --prompt TEXT, --prompt-file FILE, or text on standard input"
+        )
+    return prompts
 
 
 class _Counted:
@@ -132,18 +147,21 @@ def _generate_lines(
     model: OpenLlamaForCausalLM, tokenizer: OpenLlamaTokenizer, arguments: dict[str, Any], options: argparse.Namespace
 ) -> int:
     """Answer every line in batches, in order; the number of tokens made."""
-    several = arguments["generation_config"].num_return_sequences > 1
+    config = arguments["generation_config"]
+    guessing = arguments["assistant_model"] is not None or config.prompt_lookup_num_tokens is not None
+    size = options.batch_size or (1 if guessing else 8)
+    with contextlib.nullcontext(sys.stdin) if str(options.jsonl) == "-" else options.jsonl.open(**TEXT) as source:
+        lines = list(_read_lines(source, tokenizer, skip=options.on_error == "skip"))
     count = 0
     with contextlib.ExitStack() as stack:
-        source = sys.stdin if str(options.jsonl) == "-" else stack.enter_context(options.jsonl.open(encoding="utf-8"))
-        sink = stack.enter_context(options.output.open("w", encoding="utf-8")) if options.output else sys.stdout
-        lines = list(_read_lines(source, tokenizer, skip=options.on_error == "skip"))
+        sink: TextIO | None = None if options.output else sys.stdout
         bar = stack.enter_context(tqdm(total=len(lines), unit="prompt", file=sys.stderr))
-        for start in range(0, len(lines), options.batch_size):
-            batch = lines[start : start + options.batch_size]
+        for start in range(0, len(lines), size):
+            batch = lines[start : start + size]
             texts, made = _continue(model, tokenizer, [line["prompt"] for line in batch], arguments, options.stop)
+            sink = sink or stack.enter_context(options.output.open("w", encoding="utf-8"))  # not before all is well
             for line, continuations in zip(batch, texts, strict=True):
-                answer = {"texts": continuations} if several else {"text": continuations[0]}
+                answer = {"texts": continuations} if config.num_return_sequences > 1 else {"text": continuations[0]}
                 print(json.dumps({**line, **answer}, ensure_ascii=False), file=sink, flush=True)
             count += made
             bar.update(len(batch))
@@ -153,8 +171,10 @@ def _generate_lines(
 def _read_lines(source: TextIO, tokenizer: OpenLlamaTokenizer, skip: bool) -> Iterator[dict[str, Any]]:
     """The objects of a JSON-lines file; one that holds no prompt is an error, or told of and left out."""
     for number, line in enumerate(source, start=1):
+        if line.isspace():
+            continue
         try:
-            entry = json.loads(line)
+            entry = json.loads(line, parse_constant=_no_json)
             if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
                 raise ValueError('it is no object with a "prompt" that is text')
             if not tokenizer.encode(entry["prompt"]):
@@ -167,6 +187,10 @@ def _read_lines(source: TextIO, tokenizer: OpenLlamaTokenizer, skip: bool) -> It
             print(f"skipped {problem}", file=sys.stderr)
         else:
             yield entry
+
+
+def _no_json(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def _peak_memory(device: torch.device) -> str:

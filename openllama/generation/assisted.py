@@ -51,7 +51,11 @@ def decode(texts: Texts, request: Request) -> Iterator[Step]:
             if ended and index < right:
                 texts.crop(start + index)
                 texts.append(token)
-            yield step
+            try:
+                yield step
+            except GeneratorExit:  # what comes after was never taken
+                texts.crop(start + index)
+                raise
             if ended:
                 return
 

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -82,12 +83,14 @@ class GenerationConfig:
     extra: dict[str, Any] = field(default_factory=dict)  # keys of a generation_config.json not listed above
 
     def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value, kind = getattr(self, f.name), str(f.type).removesuffix(" | None")
+            if kind in KINDS and not (value is None and f.name in OPTIONAL) and not KINDS[kind][0](value):
+                raise InputError(f"{f.name} must be {KINDS[kind][1]}, got {value!r}")
         for names, allowed, rule in RULES:
             for name in names.split():
                 value = getattr(self, name)
-                if value is None and name in OPTIONAL:
-                    continue
-                if not isinstance(value, (int, float)) or not allowed(value):
+                if value is not None and not allowed(value):
                     raise InputError(f"{name} must {rule}, got {value!r}")
         if self.early_stopping not in (True, False, "never"):
             raise InputError(f'early_stopping must be True, False or "never", got {self.early_stopping!r}')
@@ -108,7 +111,7 @@ class GenerationConfig:
 
     def replace(self, **options: Any) -> GenerationConfig:
         """A copy with the given fields changed; a name that is no field raises ``InputError``."""
-        known = {f.name for f in dataclasses.fields(self)}
+        known = {f.name for f in dataclasses.fields(self)} - {"extra"}
         if unknown := sorted(set(options) - known):
             raise InputError(
                 f"generate does not know {', '.join(unknown)}; its settings are {', '.join(sorted(known))}"
@@ -122,10 +125,14 @@ class GenerationConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GenerationConfig:
-        """Read what ``to_dict`` or transformers wrote; keys that are no field are kept in ``extra``."""
+        """Read what ``to_dict`` or transformers wrote; keys that are no field are kept in ``extra``.
+
+        None stands for the default where it is no value.
+        """
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         extra = {key: value for key, value in values.items() if key not in known}
-        return cls(**{key: value for key, value in values.items() if key in known}, extra=extra)
+        given = {key: value for key, value in values.items() if key in known}
+        return cls(**{k: v for k, v in given.items() if v is not None or k in OPTIONAL}, extra=extra)
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as JSON has them: ``sequence_bias`` becomes a list of [ids, bias]."""
@@ -139,8 +146,11 @@ class GenerationConfig:
         """Read ``generation_config.json`` of a folder."""
         path = Path(folder) / GENERATION_CONFIG_FILE
         try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, AttributeError) as error:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(values, dict):
+                raise ValueError(f"a JSON object is needed, this is a {type(values).__name__}")
+            return cls.from_dict(values)
+        except ValueError as error:
             raise ConfigError(f"{path}: {error}") from error
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
@@ -149,15 +159,42 @@ class GenerationConfig:
         (Path(folder) / GENERATION_CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-#: numbers that None switches off
+#: fields that None switches off
 OPTIONAL = {
     name for name, f in GenerationConfig.__dataclass_fields__.items() if isinstance(f.type, str) and "None" in f.type
+}
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _are_whole(values: object) -> bool:
+    return isinstance(values, (list, tuple)) and all(map(_is_whole, values))
+
+
+#: type of a field: (whether a value has it, the type in words)
+KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "bool": (lambda v: isinstance(v, bool), "True or False"),
+    "int": (_is_whole, "a whole number"),
+    "float": (_is_number, "a number"),
+    "int | list[int]": (lambda v: _is_whole(v) or _are_whole(v), "an id or a list of ids"),
+    "list[int]": (_are_whole, "a list of ids"),
+    "list[list[int]]": (lambda v: isinstance(v, (list, tuple)) and all(map(_are_whole, v)), "a list of lists of ids"),
+    "tuple[int, float]": (
+        lambda v: isinstance(v, (list, tuple)) and len(v) == 2 and _is_whole(v[0]) and _is_number(v[1]),
+        "a pair (tokens to wait, factor)",
+    ),
 }
 
 #: (fields, what a value must satisfy, the same in words)
 RULES: Sequence[tuple[str, Callable[[Any], bool], str]] = (
     ("temperature", lambda v: v > 0, "be above 0 (for the likeliest token use do_sample=False)"),
-    ("top_k", lambda v: v >= 0 and v == int(v), "be a whole number, not negative (0 switches it off)"),
+    ("top_k", lambda v: v >= 0, "not be negative (0 switches it off)"),
     ("top_p typical_p", lambda v: 0 < v <= 1, "lie in (0, 1] (1.0 switches it off)"),
     ("min_p", lambda v: 0 <= v <= 1, "lie in [0, 1] (None switches it off)"),
     ("epsilon_cutoff eta_cutoff", lambda v: 0 <= v < 1, "lie in [0, 1) (0.0 switches it off)"),
@@ -166,12 +203,12 @@ RULES: Sequence[tuple[str, Callable[[Any], bool], str]] = (
     ("diversity_penalty", lambda v: 0 <= v < math.inf, "not be negative (0.0 switches it off)"),
     ("length_penalty", math.isfinite, "be a finite number (0.0 switches it off)"),
     ("max_time", lambda v: v > 0, "be above 0 seconds (None: no limit)"),
-    ("min_length min_new_tokens no_repeat_ngram_size", lambda v: v >= 0 and v == int(v), "be a whole number from 0 up"),
+    ("min_length min_new_tokens no_repeat_ngram_size", lambda v: v >= 0, "not be negative"),
     (
-        "max_new_tokens num_beams num_beam_groups num_return_sequences prompt_lookup_num_tokens "
+        "max_length max_new_tokens num_beams num_beam_groups num_return_sequences prompt_lookup_num_tokens "
         "max_matching_ngram_size",
-        lambda v: v >= 1 and v == int(v),
-        "be a whole number and at least 1",
+        lambda v: v >= 1,
+        "be at least 1",
     ),
 )
 
@@ -190,6 +227,6 @@ def _as_bias(bias: Mapping[tuple[int, ...], float] | Sequence[Any]) -> dict[tupl
         result = {tuple(ids): float(value) for ids, value in pairs}
     except (TypeError, ValueError) as error:
         raise InputError(f"sequence_bias must map tuples of ids to numbers, got {bias!r}") from error
-    if () in result:
-        raise InputError("sequence_bias has a sequence of no tokens; give at least one id")
+    if () in result or not all(map(_are_whole, result)) or any(map(math.isnan, result.values())):
+        raise InputError(f"sequence_bias must map sequences of at least one id to numbers, got {bias!r}")
     return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from openllama.cache import Cache, GrowingCache, KeyValue, as_cache
+from openllama.config import OpenLlamaConfig
 from openllama.errors import InputError
 from openllama.generation.config import GenerationConfig, as_list
 from openllama.generation.processors import all_processors
@@ -63,8 +64,8 @@ def prepare(
     inputs_embeds: Tensor | None = None,
     past_key_values: Cache | Sequence[KeyValue] | None = None,
     generation_config: GenerationConfig | None = None,
-    logits_processor: Iterable[LogitsProcessor] | None = None,
-    stopping_criteria: Iterable[StoppingCriterion] | None = None,
+    logits_processor: Sequence[LogitsProcessor] | None = None,
+    stopping_criteria: Sequence[StoppingCriterion] | None = None,
     assistant_model: OpenLlamaForCausalLM | None = None,
     generator: torch.Generator | None = None,
     **options: Any,
@@ -78,6 +79,7 @@ def prepare(
     of it. ``logits_processor``: after the configured ones, before the warpers. ``stopping_criteria``: asked
     after each token. ``assistant_model``: guesses tokens ahead. ``generator``: None is torch's global one.
     """
+    _check_types(generation_config, logits_processor, stopping_criteria, assistant_model, generator)
     config = (generation_config or model.generation_config).replace(**options)
     input_ids = _prompt_ids(model, input_ids, inputs_embeds, config)
     if inputs_embeds is not None:
@@ -93,6 +95,22 @@ def prepare(
     )
     _check(request, model.config.vocab_size)
     return request.repeated(config.num_return_sequences if config.do_sample else 1)
+
+
+def _check_types(config: object, processors: object, criteria: object, assistant: object, generator: object) -> None:
+    """Refuse objects of another kind, which would be noticed only after a forward pass."""
+    kinds = {
+        "generation_config": (config, GenerationConfig, "a GenerationConfig; a mapping goes in by **"),
+        "generator": (generator, torch.Generator, "a torch.Generator"),
+    }
+    for name, (value, kind, wanted) in kinds.items():
+        if value is not None and not isinstance(value, kind):
+            raise InputError(f"{name} must be {wanted}, got {type(value).__name__}")
+    for name, functions in {"logits_processor": processors, "stopping_criteria": criteria}.items():
+        if functions is not None and not (isinstance(functions, (list, tuple)) and all(map(callable, functions))):
+            raise InputError(f"{name} must be a list of functions, got {functions!r}")
+    if assistant is not None and not isinstance(getattr(assistant, "config", None), OpenLlamaConfig):
+        raise InputError(f"assistant_model must be an OpenLlamaForCausalLM of openllama, got {type(assistant)}")
 
 
 def _prompt_ids(
