@@ -115,18 +115,37 @@ ALL_OUTPUTS = {
 }
 
 
-def assert_same_outputs(ours: GenerateOutput, hf: Any, tensors: bool = True, skip: Sequence[str] = ()) -> None:
-    """The same fields in the same structure: ids bitwise, numbers close."""
+def assert_same_outputs(
+    ours: GenerateOutput, hf: Any, tensors: bool = True, skip: Sequence[str] = (), prompt: int | None = None
+) -> None:
+    """The same fields in the same structure: ids bitwise, numbers close.
+
+    Drawn beams may be of one text, and the last bit of a score decides which of them is taken: where
+    ``prompt`` gives the length of the prompt, other beams will do if HF scores each token alike on them.
+    """
     for name, expected in hf.items():
         if name in skip:
             continue
         got = ours[name]
-        if name in ("sequences", "beam_indices"):
+        if name == "beam_indices" and prompt is not None:
+            torch.testing.assert_close(*(_scores_along(hf, beams, prompt) for beams in (got, expected)))
+        elif name in ("sequences", "beam_indices"):
             assert torch.equal(got, expected), name
         elif name == "sequences_scores":
             torch.testing.assert_close(got, expected)
         elif tensors:
             _assert_close(got, expected, name)
+
+
+def _scores_along(hf: Any, beams: Tensor, prompt: int) -> Tensor:
+    """HF's score of each new token of each text on the beam that it is said to come from."""
+    return torch.stack(
+        [
+            hf.scores[step][beam, text[prompt + step]]
+            for text, path in zip(hf.sequences, beams, strict=True)
+            for step, beam in enumerate(path[path >= 0])
+        ]
+    )
 
 
 def _assert_close(got: Any, expected: Any, name: str) -> None:
