@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from openllama.errors import InputError
 from openllama.modes import compute_dtype, is_transformed
 
 CHUNK_LOGITS = 2**22  # logits held at a time where all are not needed: 16 MiB in float32
@@ -21,7 +22,7 @@ def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def chunked_causal_lm_loss(hidden: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
     """The same from hidden states (B, T, C) and the head's weight (V, C), a few columns of logits at a time.
 
-    ``torch.func`` gets all logits at once; a second derivative raises ``NotImplementedError``.
+    ``torch.func`` gets all logits at once; one differentiated twice raises ``InputError``.
     """
     if is_transformed(hidden, weight):
         return causal_lm_loss(F.linear(hidden, weight), labels)
@@ -57,7 +58,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         if torch.is_grad_enabled():
-            raise NotImplementedError("this loss has no second derivative; use model(input_ids, labels=labels).loss")
+            raise InputError("model.loss has no second derivative; use model(input_ids, labels=labels).loss")
         rows, weight, targets, total = ctx.saved_tensors
         real = targets != -100
         scale = torch.where(real, grad / real.sum(), 0)[:, None]  # no target at all: no slope, as everywhere
