@@ -45,6 +45,10 @@ def resize_vocabulary(model: PretrainedModel, size: int) -> None:
             f"only an nn.Embedding and an nn.Linear can be resized, these are {type(table).__name__} and "
             f"{type(head).__name__}; take adapters off first"
         )
+    if head is not None and head.bias is not None:
+        raise InputError(
+            f"lm_head has a bias of {len(head.bias)} numbers, which no Open-Llama has; it cannot be resized"
+        )
     for name, value in _special_ids(model):
         if value >= size:
             raise InputError(f"a vocabulary of {size} has no row for {name} {value}; change the config first")
@@ -59,8 +63,8 @@ def resize_vocabulary(model: PretrainedModel, size: int) -> None:
 
 def _special_ids(model: PretrainedModel) -> Iterator[tuple[str, int]]:
     """Every id that the model's configurations give a meaning."""
-    yield from [("pad_token_id", model.config.padding_idx)] if model.config.padding_idx is not None else []
-    for source in (model.config, getattr(model, "generation_config", None)):
+    config = dataclasses.replace(model.config, pad_token_id=model.config.padding_idx)  # a row, counted from 0
+    for source in (config, getattr(model, "generation_config", None)):
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             value = getattr(source, name, None)
             yield from ((name, one) for one in (value if isinstance(value, list) else [value]) if one is not None)

@@ -88,6 +88,14 @@ def test_eager_is_the_formula(call: tuple[Tensor, Tensor, Tensor, Tensor | None]
                 )
 
 
+def assert_as_specified(output: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+    """What eager gives wherever there is something to see, and finite elsewhere."""
+    specified, _ = attend(query, key, value, mask, "eager")
+    assert bool(output.isfinite().all())
+    seen = seeing(query, key, mask).expand(output.shape[:-1])
+    torch.testing.assert_close(output[seen], specified[seen])
+
+
 @examples(100)
 @given(call=calls())
 def test_sdpa_is_eager_wherever_there_is_something_to_see_and_finite_elsewhere(
@@ -95,11 +103,8 @@ def test_sdpa_is_eager_wherever_there_is_something_to_see_and_finite_elsewhere(
 ) -> None:
     query, key, value, mask = call
     output, weights = attend(query, key, value, mask, "sdpa")
-    specified, _ = attend(query, key, value, mask, "eager")
     assert weights is None
-    assert bool(output.isfinite().all())
-    seen = seeing(query, key, mask).expand(output.shape[:-1])
-    torch.testing.assert_close(output[seen], specified[seen])
+    assert_as_specified(output, query, key, value, mask)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -224,11 +229,8 @@ def test_xformers_is_given_what_it_wants_and_gives_what_eager_gives(
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "xformers", library)
         output, weights = attend(query, key, value, mask, "xformers")
-    specified, _ = attend(query, key, value, mask, "eager")
     assert weights is None
-    assert bool(output.isfinite().all())
-    seen = seeing(query, key, mask).expand(output.shape[:-1])
-    torch.testing.assert_close(output[seen], specified[seen])
+    assert_as_specified(output, query, key, value, mask)
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])

@@ -274,6 +274,14 @@ def test_what_an_adapter_has_wrapped_is_not_resized(place: str) -> None:
     assert model.config.vocab_size == 23
 
 
+def test_a_head_with_a_bias_is_not_resized() -> None:
+    model = tiny_model(shared_input_output_embedding=False)
+    model.lm_head = nn.Linear(24, 23)
+    with pytest.raises(InputError, match="bias of 23 numbers"):
+        model.resize_token_embeddings(30)
+    assert model.config.vocab_size == len(model.get_input_embeddings().weight) == 23
+
+
 def test_a_hook_on_the_table_outlives_another_size() -> None:
     model = tiny_model().requires_grad_(False)
     model.enable_input_require_grads()

@@ -39,16 +39,21 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], bitwise: boo
             torch.testing.assert_close(ours[name], value, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def drawn(data: st.DataObject, config: OpenLlamaConfig, seed: int) -> tuple[Batch, Any, Any]:
+    """A batch that predicts something, our model and HF's, both in training."""
+    batch = data.draw(batches(config))
+    assume(length_of(batch) > 1)  # one token predicts nothing
+    hf = hf_model(config, seed).train()
+    return batch, our_twin(hf, config).train(), hf
+
+
 @pytest.mark.filterwarnings("ignore:.*use_reentrant parameter should be passed:UserWarning")  # HF's call
 @examples(60)
 @given(data=st.data(), config=configs(**hf_trains), seed=seeds, checkpointing=st.booleans())
 def test_loss_and_gradients_in_training_are_hf_s(
     data: st.DataObject, config: OpenLlamaConfig, seed: int, checkpointing: bool
 ) -> None:
-    batch = data.draw(batches(config))
-    assume(length_of(batch) > 1)  # one token predicts nothing
-    hf = hf_model(config, seed).train()
-    ours = our_twin(hf, config).train()
+    batch, ours, hf = drawn(data, config, seed)
     found = []
     for model in (ours, hf):
         if checkpointing and "inputs_embeds" not in batch:  # HF's kind needs an input with gradients
@@ -63,10 +68,7 @@ def test_loss_and_gradients_in_training_are_hf_s(
 @examples(30)
 @given(data=st.data(), config=configs(**hf_trains, shared_input_output_embedding=False), seed=seeds)
 def test_under_autocast_everything_is_hf_s(data: st.DataObject, config: OpenLlamaConfig, seed: int) -> None:
-    batch = data.draw(batches(config))
-    assume(length_of(batch) > 1)
-    hf = hf_model(config, seed).train()
-    ours = our_twin(hf, config).train()
+    batch, ours, hf = drawn(data, config, seed)
     found = []
     for model in (ours, hf):
         with torch.autocast("cpu", torch.bfloat16):
@@ -82,10 +84,7 @@ def test_under_autocast_everything_is_hf_s(data: st.DataObject, config: OpenLlam
 @examples(12)
 @given(data=st.data(), config=configs(**hf_trains, shared_input_output_embedding=False), seed=seeds)
 def test_a_few_steps_of_sgd_end_in_hf_s_weights(data: st.DataObject, config: OpenLlamaConfig, seed: int) -> None:
-    batch = data.draw(batches(config))
-    assume(length_of(batch) > 1)
-    hf = hf_model(config, seed).train()
-    ours = our_twin(hf, config).train()
+    batch, ours, hf = drawn(data, config, seed)
     for model in (ours, hf):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
         for _ in range(3):
