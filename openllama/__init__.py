@@ -27,8 +27,7 @@ cli         the command line
 """
 
 from openllama.config import OpenLlamaConfig
-from openllama.heads import OpenLlamaForCausalLM, OpenLlamaForSequenceClassification
-from openllama.model import OpenLlamaModel
+from openllama.interface import OpenLlamaForCausalLM, OpenLlamaForSequenceClassification, OpenLlamaModel
 from openllama.tokenizer import OpenLlamaTokenizer
 
 __version__ = "0.1.0"

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openllama.errors import BackendError
-from openllama.masks import Mask, additive_mask, visible_mask
+from openllama.masks import Mask
 
 BACKENDS = ("eager", "sdpa", "xformers")
 
@@ -77,16 +77,6 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attend with one of ``BACKENDS``; the weights come back from eager alone."""
     return _FUNCTIONS[backend](query, key, value, mask, dropout)
-
-
-def prepare_mask(attention_mask: Tensor | None, length: int, key_length: int, hidden: Tensor, backend: str) -> Mask:
-    """The mask in the form ``backend`` takes it, built once per forward pass."""
-    if backend == "eager":
-        return additive_mask(attention_mask, length, key_length, hidden)
-    mask = visible_mask(attention_mask, length, key_length, hidden)
-    if backend == "xformers" and mask.tensor is not None:
-        return additive_mask(mask.tensor, length, key_length, hidden)
-    return mask
 
 
 def check_backend(name: str, device: torch.device) -> str:

@@ -12,11 +12,9 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from openllama.config import OpenLlamaConfig
 from openllama.errors import InputError
-from openllama.modes import autocast_dtype
 
 KeyValue: TypeAlias = tuple[Tensor, Tensor]
 
@@ -51,15 +49,6 @@ class GrowingCache(tuple[KeyValue, ...]):
         """The first ``length`` tokens."""
         _check_length(length)
         return GrowingCache((key[:, :, :length], value[:, :, :length]) for key, value in self)
-
-
-pytree.register_pytree_node(  # torch.export looks inside it
-    GrowingCache,
-    lambda cache: (list(cache), None),
-    lambda layers, context: GrowingCache(layers),
-    serialized_type_name="openllama.GrowingCache",
-    flatten_with_keys_fn=lambda cache: ([(pytree.SequenceKey(i), layer) for i, layer in enumerate(cache)], None),
-)
 
 
 class PreallocatedCache:
@@ -144,47 +133,3 @@ def _check_length(length: int) -> None:
 
 
 Cache: TypeAlias = GrowingCache | PreallocatedCache
-
-
-def as_cache(
-    past: Cache | Sequence[KeyValue] | None,
-    batch: int,
-    config: OpenLlamaConfig,
-    dtype: torch.dtype,
-    device: torch.device | None = None,
-) -> Cache:
-    """A cache from what a caller passed: one of ours, HF's tuple of pairs, or nothing.
-
-    Raises ``InputError`` where layers, batch, heads, head size, dtype or device do not fit the model.
-    """
-    if past is None:
-        return GrowingCache(())  # torch.compile cannot build it without an argument
-    cache = past if isinstance(past, (GrowingCache, PreallocatedCache)) else GrowingCache(past)
-    if len(cache) not in (0, config.num_hidden_layers):
-        raise InputError(f"past_key_values has {len(cache)} layers, the model {config.num_hidden_layers}")
-    for layer, pair in enumerate(cache):
-        if not (isinstance(pair, (tuple, list)) and [getattr(part, "ndim", 0) for part in pair] == [4, 4]):
-            raise InputError(
-                f"past_key_values of layer {layer} must be two tensors of 4 dimensions, (batch, heads, length, "
-                f"head_dim), got {_described(pair)}"
-            )
-        key, value = pair
-        wanted = (batch, config.num_attention_heads, cache.get_seq_length(), config.head_dim)
-        if key.shape != wanted or value.shape != wanted:
-            raise InputError(
-                f"past_key_values of layer {layer} have shapes {tuple(key.shape)} and {tuple(value.shape)}, needed is "
-                f"(batch, heads, length, head_dim) = {wanted}"
-            )
-        for part in (key, value):
-            if part.dtype not in (dtype, autocast_dtype(part.device)):
-                raise InputError(f"past_key_values of layer {layer} are {part.dtype}, the model computes in {dtype}")
-            if device is not None and part.device != device:
-                raise InputError(f"past_key_values of layer {layer} are on {part.device}, the input on {device}")
-    return cache
-
-
-def _described(pair: object) -> str:
-    if not isinstance(pair, (tuple, list)):
-        return f"a {type(pair).__name__}"
-    shapes = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in pair]
-    return f"{len(pair)}: {', '.join(map(str, shapes))}"

@@ -24,7 +24,7 @@ from openllama.cache import PreallocatedCache
 from openllama.errors import InputError
 from openllama.generation import GenerationConfig
 from openllama.generation.text import decoded, until
-from openllama.heads import OpenLlamaForCausalLM
+from openllama.interface import OpenLlamaForCausalLM
 from openllama.tokenizer import OpenLlamaTokenizer
 
 DEFAULT_TEMPLATE = "user:{prompt}\nsystem:{answer}</s>"

@@ -1,65 +1,234 @@
-"""The shape of a model: every number the weights depend on, checked once."""
+"""The shape of a model: every number the weights depend on, checked once.
+
+Also the way in which both configurations, this one and that of generation, declare their settings: a default, and on
+the same line the rule that says what else the setting may be.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
-from openllama.errors import CheckpointNotFoundError, ConfigError
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from openllama.errors import CheckpointNotFoundError, ConfigError, OpenLlamaError
+
+T = TypeVar("T")
+Rule = Callable[[Any], Any]  # returns a value as it is to be kept; raises ValueError with the words after "must be"
 
 MODEL_TYPE = "open-llama"
 CONFIG_FILE = "config.json"
-ACTIVATIONS = ("silu", "swish", "relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "tanh", "sigmoid")
-PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
 
 
-@dataclass(frozen=True, kw_only=True)
-class OpenLlamaConfig:
+# ---- settings and their rules
+
+
+def setting(default: T, rule: Rule) -> T:
+    """A field of a ``Settings`` class: ``default``, or what ``rule`` lets pass."""
+    return field(default=default, metadata={"rule": rule})  # type: ignore[no-any-return]
+
+
+def boolean(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return value
+
+
+def integer(least: float = -math.inf, hint: str = "") -> Rule:
+    """Integers from ``least`` on; those of numpy become Python's."""
+
+    def rule(value: Any) -> int:
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+            raise ValueError(f"an integer{f' of at least {least}' if least > -math.inf else ''}{hint}")
+        return int(value)
+
+    return rule
+
+
+def number(interval: str = "(-inf, inf)", hint: str = "") -> Rule:
+    """Real numbers in an interval written as in mathematics: "(0, 1]" is 0 < x <= 1."""
+    low, high = map(float, interval[1:-1].split(","))
+
+    def rule(value: Any) -> Any:
+        if isinstance(value, Real) and not isinstance(value, bool):
+            above = value > low or (value == low and interval[0] == "[")
+            if above and (value < high or (value == high and interval[-1] == "]")):
+                return value.item() if hasattr(value, "item") else value
+        raise ValueError(f"a number in {interval}{hint}")
+
+    return rule
+
+
+def one_of(*choices: Any) -> Rule:
+    def rule(value: Any) -> Any:
+        if not any(type(value) is type(choice) and value == choice for choice in choices):  # 1 is not True
+            raise ValueError(f"one of {', '.join(map(repr, choices))}")
+        return value
+
+    return rule
+
+
+def optional(rule: Rule) -> Rule:
+    """``rule``, or None."""
+
+    def or_none(value: Any) -> Any:
+        return None if value is None else rule(value)
+
+    return or_none
+
+
+def id_or_ids(value: Any) -> int | list[int]:
+    """One token id, or a list of them."""
+    try:
+        return [integer()(one) for one in value] if isinstance(value, (list, tuple)) else integer()(value)
+    except ValueError as error:
+        raise ValueError("an id or a list of ids") from error
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """Base of the configurations: fields that are checked by their rules and then stay as they are."""
+
+    refusal: ClassVar[type[OpenLlamaError]]  # what a value raises that its rule does not let pass
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            try:
+                self.__dict__[f.name] = f.metadata["rule"](value)
+            except ValueError as error:
+                raise self.refusal(f"{f.name} must be {error}, got {value!r}") from error
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__ or name not in self.field_names():
+            raise dataclasses.FrozenInstanceError(
+                f"a config does not change; set model.config = dataclasses.replace(model.config, {name}={value!r}), "
+                "or pass the field to from_pretrained"
+            )
+        super().__setattr__(name, value)
+
+    @classmethod
+    def field_names(cls) -> list[str]:
+        return [f.name for f in dataclasses.fields(cls)]
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError("a mapping")
+    return dict(value)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds; raises ``ConfigError`` for anything else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds a {type(values).__name__}, not a JSON object")
+    return values
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write ``values`` to ``path``, making its folder where needed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# ---- the model
+
+
+def _gelu_new(x: Tensor) -> Tensor:
+    """GELU's tanh approximation (Hendrycks & Gimpel 2016) spelt out: torch's own rounds differently."""
+    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # what hidden_act may be, and what it computes
+    "silu": F.silu,
+    "swish": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": _gelu_new,
+    "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+
+def _rope_scaling(value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping) or set(value) != {"type", "factor"}:
+        raise ValueError('{"type": ..., "factor": ...} and nothing else')
+    try:
+        return {"type": one_of("linear", "dynamic")(value["type"]), "factor": float(number("(1, inf)")(value["factor"]))}
+    except ValueError as error:
+        raise ValueError('{"type": "linear" or "dynamic", "factor": a number above 1}') from error
+
+
+@dataclass(kw_only=True)
+class OpenLlamaConfig(Settings):
     """Architecture of an Open-Llama model; names and defaults are those of transformers 4.31.0.
 
-    Frozen: ``dataclasses.replace(config, hidden_size=64)`` gives a changed copy. An impossible
+    ``dataclasses.replace(config, hidden_size=64)`` gives a changed copy; assigning to a field raises. An impossible
     combination raises ``ConfigError``. Device, dtype and attention backend are arguments of the
     model, not part of its configuration.
     """
 
+    refusal: ClassVar[type[OpenLlamaError]] = ConfigError
     model_type: ClassVar[str] = MODEL_TYPE  # adapters look for it
 
-    vocab_size: int = 100000  # V: rows of the embedding table; may exceed the tokenizer's pieces
-    hidden_size: int = 4096  # C: width of the residual stream
-    intermediate_size: int = 11008  # width inside the MLP
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32  # H: each of hidden_size / H dimensions
-    hidden_act: str = "silu"  # gate activation of the MLP, one of ACTIVATIONS
-    max_position_embeddings: int = 2048  # trained context; dynamic NTK scaling starts beyond it
-    initializer_range: float = 0.02  # standard deviation of freshly drawn weights
-    rms_norm_eps: float = 1e-6  # of the RMSNorms; the embedding LayerNorm always uses 1e-5
-    use_cache: bool = True  # return keys and values unless a call says otherwise
-    pad_token_id: int | None = 0  # its embedding row starts at zero and gets no gradient
-    bos_token_id: int | None = 1
-    eos_token_id: int | list[int] | None = 2  # one id, or several that each end a text
-    tie_word_embeddings: bool = False  # lm_head, where there is one, is the embedding table
-    use_memory_efficient_attention: bool = True  # default backend: sdpa, or eager when off
-    hidden_dropout_prob: float = 0.1  # on the output of each MLP, in training
-    attention_dropout_prob: float = 0.1  # on the attention weights, in training
-    use_stable_embedding: bool = True  # LayerNorm after the embedding lookup
-    shared_input_output_embedding: bool = True  # no lm_head: logits come from the embedding table
-    rope_scaling: dict[str, Any] | None = None  # {"type": "linear" | "dynamic", "factor": > 1}
-    num_labels: int = 2  # classes of the sequence classifier
-    problem_type: str | None = None  # one of PROBLEM_TYPES; None: inferred from the labels
-    output_attentions: bool = False  # these three are defaults of a forward call
-    output_hidden_states: bool = False
-    return_dict: bool = True
-    extra: dict[str, Any] = field(default_factory=dict)  # keys of a config.json we have no use for
+    vocab_size: int = setting(100000, integer(1))  # V: rows of the embedding table; may exceed the tokenizer's pieces
+    hidden_size: int = setting(4096, integer(1))  # C: width of the residual stream
+    intermediate_size: int = setting(11008, integer(1))  # width inside the MLP
+    num_hidden_layers: int = setting(32, integer(1))
+    num_attention_heads: int = setting(32, integer(1))  # H: each of hidden_size / H dimensions
+    hidden_act: str = setting("silu", one_of(*ACTIVATIONS))  # gate activation of the MLP
+    max_position_embeddings: int = setting(2048, integer(1))  # trained context; dynamic NTK scaling starts beyond it
+    initializer_range: float = setting(0.02, number("[0, inf)"))  # standard deviation of freshly drawn weights
+    rms_norm_eps: float = setting(1e-6, number("[0, inf)"))  # of the RMSNorms; the embedding LayerNorm uses 1e-5
+    use_cache: bool = setting(True, boolean)  # return keys and values unless a call says otherwise
+    pad_token_id: int | None = setting(0, optional(integer()))  # its embedding row starts at zero, gets no gradient
+    bos_token_id: int | None = setting(1, optional(integer()))
+    eos_token_id: int | list[int] | None = setting(2, optional(id_or_ids))  # one id, or several that each end a text
+    tie_word_embeddings: bool = setting(False, boolean)  # lm_head, where there is one, is the embedding table
+    use_memory_efficient_attention: bool = setting(True, boolean)  # default backend: sdpa, or eager when off
+    hidden_dropout_prob: float = setting(0.1, number("[0, 1]"))  # on the output of each MLP, in training
+    attention_dropout_prob: float = setting(0.1, number("[0, 1]"))  # on the attention weights, in training
+    use_stable_embedding: bool = setting(True, boolean)  # LayerNorm after the embedding lookup
+    shared_input_output_embedding: bool = setting(True, boolean)  # no lm_head: logits come from the embedding table
+    rope_scaling: dict[str, Any] | None = setting(None, optional(_rope_scaling))
+    num_labels: int = setting(2, integer(1))  # classes of the sequence classifier
+    problem_type: str | None = setting(None, optional(one_of(*PROBLEM_TYPES)))  # None: inferred from the labels
+    output_attentions: bool = setting(False, boolean)  # these three are defaults of a forward call
+    output_hidden_states: bool = setting(False, boolean)
+    return_dict: bool = setting(True, boolean)
+    extra: dict[str, Any] = field(default_factory=dict, metadata={"rule": mapping})  # other keys of a config.json
 
     def __post_init__(self) -> None:
-        self._check_sizes()
-        self._check_choices()
-        self._check_rope_scaling()
+        super().__post_init__()
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(
+                f"hidden_size {self.hidden_size} / num_attention_heads {self.num_attention_heads} gives heads of "
+                f"{self.head_dim} dimensions; rotary embedding needs an even number"
+            )
+        if self.pad_token_id is not None and not -self.vocab_size <= self.pad_token_id < self.vocab_size:
+            raise ConfigError(f"pad_token_id {self.pad_token_id} is outside the vocabulary of {self.vocab_size}")
+        if self.rope_scaling is not None and self.rope_scaling["type"] == "dynamic" and self.head_dim == 2:
+            raise ConfigError("dynamic rope_scaling needs heads of more than 2 dimensions")
 
     @property
     def head_dim(self) -> int:
@@ -70,59 +239,6 @@ class OpenLlamaConfig:
     def padding_idx(self) -> int | None:
         """Row of the embedding table that is padding; a negative id counts from the end."""
         return None if self.pad_token_id is None else self.pad_token_id % self.vocab_size
-
-    def _check_sizes(self) -> None:
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                 "num_attention_heads", "max_position_embeddings", "num_labels")  # fmt: skip
-        for name in sizes:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name} must be a positive integer, got {value!r}")
-        if self.hidden_size % self.num_attention_heads:
-            raise ConfigError(
-                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}"
-            )
-        if self.head_dim % 2:
-            raise ConfigError(
-                f"hidden_size {self.hidden_size} / num_attention_heads {self.num_attention_heads} gives heads of "
-                f"{self.head_dim} dimensions; rotary embedding needs an even number"
-            )
-        if self.pad_token_id is not None and not isinstance(self.pad_token_id, int):
-            raise ConfigError(f"pad_token_id must be an integer or None, got {self.pad_token_id!r}")
-        if self.pad_token_id is not None and not -self.vocab_size <= self.pad_token_id < self.vocab_size:
-            raise ConfigError(f"pad_token_id {self.pad_token_id} is outside the vocabulary of {self.vocab_size}")
-
-    def _check_choices(self) -> None:
-        if self.hidden_act not in ACTIVATIONS:
-            raise ConfigError(
-                f"hidden_act {self.hidden_act!r} is not supported; choose one of {', '.join(ACTIVATIONS)}"
-            )
-        if self.problem_type not in PROBLEM_TYPES:
-            raise ConfigError(f"problem_type {self.problem_type!r} must be one of {PROBLEM_TYPES}")
-        for name in ("hidden_dropout_prob", "attention_dropout_prob"):
-            if not _is_number(value := getattr(self, name)) or not 0 <= value <= 1:
-                raise ConfigError(f"{name} must be a number in [0, 1], got {value!r}")
-        for name in ("initializer_range", "rms_norm_eps"):
-            if not _is_number(value := getattr(self, name)) or not 0 <= value < float("inf"):
-                raise ConfigError(f"{name} must be a number that is not negative, got {value!r}")
-        for f in dataclasses.fields(self):
-            if isinstance(f.default, bool) and not isinstance(value := getattr(self, f.name), bool):
-                raise ConfigError(f"{f.name} must be true or false, got {value!r}")
-
-    def _check_rope_scaling(self) -> None:
-        scaling = self.rope_scaling
-        if scaling is None:
-            return
-        if not isinstance(scaling, Mapping) or set(scaling) != {"type", "factor"}:
-            raise ConfigError(f'rope_scaling must be {{"type": ..., "factor": ...}} and nothing else, got {scaling!r}')
-        if scaling["type"] not in ("linear", "dynamic"):
-            raise ConfigError(f"rope_scaling type must be 'linear' or 'dynamic', got {scaling['type']!r}")
-        factor = scaling["factor"]
-        if not _is_number(factor) or not 1 < factor < float("inf"):
-            raise ConfigError(f"rope_scaling factor must be a number above 1, got {factor!r}")
-        if scaling["type"] == "dynamic" and self.head_dim == 2:
-            raise ConfigError("dynamic rope_scaling needs heads of more than 2 dimensions")
-        object.__setattr__(self, "rope_scaling", {"type": scaling["type"], "factor": float(factor)})
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as config.json holds it: unknown keys beside the fields, ``model_type`` among them."""
@@ -152,7 +268,7 @@ class OpenLlamaConfig:
             values["use_memory_efficient_attention"] = values.pop(misspelt)
         if values.get("id2label"):  # the number of names wins
             values["num_labels"] = len(values["id2label"])
-        known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
+        known = set(cls.field_names()) - {"extra"}
         if unknown := sorted(set(overrides) - known):
             raise ConfigError(f"{', '.join(unknown)}: not a field of OpenLlamaConfig")
         fields = {k: v for k, v in values.items() if k in known}
@@ -168,12 +284,7 @@ class OpenLlamaConfig:
             raise CheckpointNotFoundError(
                 f"{path}: no such file; a model folder holds its configuration in {CONFIG_FILE}"
             )
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError(f"{path} is not valid JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path} holds a {type(values).__name__}, not a JSON object")
+        values = read_json(path)
         try:
             return cls.from_dict(values, **overrides)
         except ConfigError as error:
@@ -181,23 +292,7 @@ class OpenLlamaConfig:
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
         """Write ``config.json`` into ``folder``, making the folder where needed."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False)
-        (Path(folder) / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _refuse_assignment(self: OpenLlamaConfig, name: str, value: Any) -> None:
-    raise dataclasses.FrozenInstanceError(
-        f"a config does not change; set model.config = dataclasses.replace(model.config, {name}={value!r}), "
-        "or pass the field to from_pretrained"
-    )
-
-
-OpenLlamaConfig.__setattr__ = _refuse_assignment  # type: ignore[method-assign, assignment]
+        write_json(Path(folder) / CONFIG_FILE, self.to_dict())
 
 
 def _from_llama(values: dict[str, Any]) -> dict[str, Any]:

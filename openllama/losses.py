@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from openllama.errors import InputError
-from openllama.modes import compute_dtype, is_transformed
 
 CHUNK_LOGITS = 2**22  # logits held at a time where all are not needed: 16 MiB in float32
 
@@ -24,11 +23,22 @@ def chunked_causal_lm_loss(hidden: Tensor, labels: Tensor, weight: Tensor) -> Te
 
     ``torch.func`` gets all logits at once; one differentiated twice raises ``InputError``.
     """
-    if is_transformed(hidden, weight):
+    if _is_transformed(hidden) or _is_transformed(weight):
         return causal_lm_loss(F.linear(hidden, weight), labels)
     rows = hidden[:, :-1].flatten(0, 1)  # (B * (T - 1), C)
-    rows, weight = rows.to(compute_dtype(rows)), weight.to(compute_dtype(weight))
-    return _LinearCrossEntropy.apply(rows, weight, _targets(labels, hidden.device))
+    dtype = F.linear(rows[:0], weight[:1]).dtype  # autocast's, where that is on: it does not reach the backward pass
+    return _LinearCrossEntropy.apply(rows.to(dtype), weight.to(dtype), _targets(labels, hidden.device))
+
+
+def _is_transformed(tensor: Tensor) -> bool:
+    """Whether ``torch.func`` (grad, vmap, jvp) is at work on ``tensor``: what it wraps has no memory of its own."""
+    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, nn.Parameter):
+        return False
+    try:
+        tensor.data_ptr()
+    except RuntimeError:
+        return True
+    return False
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -19,30 +19,42 @@ import torch
 from torch import Tensor
 
 from openllama.errors import InputError
-from openllama.modes import can_read_values
 
 
 class Mask(NamedTuple):
     """The mask of one forward pass, shared by its layers.
 
     ``causal``: the plain T x T triangle is all there is, so that no tensor is needed.
-    ``tensor``: (B | 1, H | 1, T, S), bool (True: visible) or additive; None: no tensor.
+    ``tensor``: (B | 1, H | 1, T, S), boolean (True: the query sees the key) or additive; None: no tensor.
     """
 
     causal: bool = False
     tensor: Tensor | None = None
 
 
-def causal_visible(length: int, key_length: int, device: torch.device) -> Tensor:
-    """Bool (T, S): True where key s is not later than query t."""
+def causal_mask(length: int, key_length: int, device: torch.device) -> Tensor:
+    """Boolean (T, S): True where key s is not later than query t."""
     return torch.ones(length, key_length, dtype=torch.bool, device=device).tril(key_length - length)
+
+
+def prepare_mask(attention_mask: Tensor | None, length: int, key_length: int, hidden: Tensor, backend: str) -> Mask:
+    """The mask in the form that ``backend`` takes, built once per forward pass.
+
+    ``attention_mask``: (B, S) of 0 (padding) and 1, or 4-D, boolean or additive, which carries causality itself.
+    """
+    if backend == "eager":
+        return additive_mask(attention_mask, length, key_length, hidden)
+    mask = boolean_mask(attention_mask, length, key_length, hidden)
+    if backend == "xformers" and mask.tensor is not None:
+        return additive_mask(mask.tensor, length, key_length, hidden)
+    return mask
 
 
 def additive_mask(attention_mask: Tensor | None, length: int, key_length: int, hidden: Tensor) -> Mask:
     """The sum of a causal and a padding term, each 0 or the lowest finite number of ``hidden``'s dtype.
 
     Where both forbid a key the float32 sum is -inf; attention raises it to the lowest finite number
-    again, so that a row with nothing to see attends to all keys alike. This is HF's arithmetic.
+    again, so that a row that sees no key attends to all keys alike. This is HF's arithmetic.
     """
     if attention_mask is not None and attention_mask.ndim == 4:
         if attention_mask.dtype == torch.bool:
@@ -50,36 +62,31 @@ def additive_mask(attention_mask: Tensor | None, length: int, key_length: int, h
         return Mask(tensor=attention_mask.to(hidden.device, hidden.dtype))
     bias = None
     if length > 1:
-        bias = _lowest_where(~causal_visible(length, key_length, hidden.device), hidden.dtype)[None, None]
+        bias = _lowest_where(~causal_mask(length, key_length, hidden.device), hidden.dtype)[None, None]
     if attention_mask is not None:
         padding = _lowest_where(attention_mask.to(hidden.device) == 0, hidden.dtype)[:, None, None, :]
         bias = padding if bias is None else padding + bias
     return Mask(tensor=bias)
 
 
-def visible_mask(attention_mask: Tensor | None, length: int, key_length: int, hidden: Tensor) -> Mask:
-    """The same rule for fused kernels: as a flag where the plain triangle is all, else as a bool tensor.
+def boolean_mask(attention_mask: Tensor | None, length: int, key_length: int, hidden: Tensor) -> Mask:
+    """The same rule for fused kernels: a flag where the plain triangle is all there is, else a boolean tensor.
 
-    A row with nothing to see would be NaN in a softmax; it sees everything instead. Its output is
+    A row that sees no key would be NaN in a softmax; it sees every key instead. Its output is
     finite and belongs to padding.
     """
-    if attention_mask is not None and attention_mask.ndim == 2 and can_read_values(attention_mask):
-        attention_mask = None if bool((attention_mask == 1).all()) else attention_mask
     if attention_mask is None:
         if length == 1:
             return Mask()
         if length == key_length:
             return Mask(causal=True)
-        return Mask(tensor=causal_visible(length, key_length, hidden.device)[None, None])
+        return Mask(tensor=causal_mask(length, key_length, hidden.device)[None, None])
     if attention_mask.ndim == 4 and attention_mask.dtype != torch.bool:
         return Mask(tensor=attention_mask.to(hidden.device, hidden.dtype).clamp(min=torch.finfo(hidden.dtype).min))
-    if attention_mask.ndim == 4:
-        visible = attention_mask.to(hidden.device)
-    else:
-        visible = (
-            causal_visible(length, key_length, hidden.device) & (attention_mask.to(hidden.device) == 1)[:, None, None]
-        )
-    return Mask(tensor=visible | ~visible.any(-1, keepdim=True))
+    seen = attention_mask.to(hidden.device)
+    if attention_mask.ndim == 2:
+        seen = causal_mask(length, key_length, hidden.device) & (seen == 1)[:, None, None]
+    return Mask(tensor=seen | ~seen.any(-1, keepdim=True))
 
 
 def positions_from_mask(attention_mask: Tensor) -> Tensor:
@@ -109,10 +116,10 @@ def pack_documents(lengths: Sequence[int], device: torch.device | str | None = N
     document = torch.arange(len(lengths), device=device).repeat_interleave(counts)  # of each token
     start = (counts.cumsum(0) - counts).repeat_interleave(counts)
     total = len(document)
-    mask = causal_visible(total, total, document.device) & (document[:, None] == document)
+    mask = causal_mask(total, total, document.device) & (document[:, None] == document)
     return mask[None, None], (torch.arange(total, device=device) - start)[None]
 
 
-def _lowest_where(hidden_keys: Tensor, dtype: torch.dtype) -> Tensor:
-    zeros = torch.zeros(hidden_keys.shape, dtype=dtype, device=hidden_keys.device)
-    return zeros.masked_fill(hidden_keys, torch.finfo(dtype).min)
+def _lowest_where(masked: Tensor, dtype: torch.dtype) -> Tensor:
+    zeros = torch.zeros(masked.shape, dtype=dtype, device=masked.device)
+    return zeros.masked_fill(masked, torch.finfo(dtype).min)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openllama.cache import Cache
+from openllama.cache import Cache, GrowingCache
 
 
 @dataclass
@@ -84,3 +85,14 @@ class SequenceClassifierOutput(ModelOutput):
 
 for _output in (BaseModelOutput, CausalLMOutput, SequenceClassifierOutput):  # torch.export looks inside them
     torch.export.register_dataclass(_output, serialized_type_name=f"openllama.{_output.__name__}")
+
+with contextlib.suppress(ImportError, AttributeError):  # a cache is no dataclass, and torch has no public way for it
+    from torch.utils import _pytree
+
+    _pytree.register_pytree_node(
+        GrowingCache,
+        lambda cache: (list(cache), None),
+        lambda layers, context: GrowingCache(layers),
+        serialized_type_name="openllama.GrowingCache",
+        flatten_with_keys_fn=lambda cache: ([(_pytree.SequenceKey(i), layer) for i, layer in enumerate(cache)], None),
+    )

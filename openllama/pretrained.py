@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,8 @@ from openllama.checkpoint.writer import OURS, check_destination, finished_folder
 from openllama.config import OpenLlamaConfig
 from openllama.errors import InputError
 from openllama.generation.config import GENERATION_CONFIG_FILE, GenerationConfig
-from openllama.surgery import resize_vocabulary
-
-if TYPE_CHECKING:
-    from openllama.model import OpenLlamaModel
+from openllama.model import Decoder
+from openllama.surgery import check_resizable, check_special_ids, resize_vocabulary
 
 Model = TypeVar("Model", bound="PretrainedModel")
 
@@ -30,11 +29,7 @@ class PretrainedModel(nn.Module):
     """Base of the decoder and of the heads on it; heads keep the decoder in ``self.model``."""
 
     generation_config: GenerationConfig  # of models that generate
-
-    def __init__(self, config: OpenLlamaConfig) -> None:
-        super().__init__()
-        self.config = config
-        self._require_grads: RemovableHandle | None = None
+    _require_grads: RemovableHandle | None = None
 
     @property
     def config(self) -> OpenLlamaConfig:
@@ -48,11 +43,11 @@ class PretrainedModel(nn.Module):
             self.base_model.config = config
 
     @property
-    def base_model(self) -> OpenLlamaModel:
-        """The decoder without head: this model itself where it has none."""
+    def base_model(self) -> Decoder:
+        """The ``OpenLlamaModel`` without head: this model itself where it has none."""
         return getattr(self, "model", self)  # type: ignore[arg-type]  # only the decoder has no "model"
 
-    def get_decoder(self) -> OpenLlamaModel:
+    def get_decoder(self) -> Decoder:
         """HF's other name for ``base_model``."""
         return self.base_model
 
@@ -71,13 +66,23 @@ class PretrainedModel(nn.Module):
         counted = (p for p in self.parameters() if p.requires_grad or not only_trainable)
         return sum(p.numel() for p in counted if id(p) not in tables)
 
+    @property
+    def attn_implementation(self) -> str:
+        """The attention backend: "eager", "sdpa" or "xformers"."""
+        return self.base_model._attn_implementation  # type: ignore[return-value]
+
     def set_attn_implementation(self, name: str | None) -> None:
         """Choose the attention backend; raises ``BackendError`` where it cannot run."""
-        self.base_model.set_attn_implementation(name)
+        self.base_model.set_attn_implementation(name)  # type: ignore[operator]
 
-    def gradient_checkpointing_enable(self) -> None:
-        """In training, recompute each layer in the backward pass instead of keeping its inner values."""
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """In training, compute each layer again in the backward pass instead of keeping its inner values.
+
+        ``gradient_checkpointing_kwargs``: arguments of ``torch.utils.checkpoint.checkpoint``, such as
+        ``{"context_fn": openllama.recompute.keep_products}``, which keeps what is expensive to compute.
+        """
         self.base_model.gradient_checkpointing = True
+        self.base_model.checkpoint_arguments = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
 
     def gradient_checkpointing_disable(self) -> None:
         self.base_model.gradient_checkpointing = False
@@ -126,9 +131,15 @@ class PretrainedModel(nn.Module):
             if not isinstance(pad_to_multiple_of, int) or pad_to_multiple_of < 1:
                 raise InputError(f"pad_to_multiple_of must be a positive integer, got {pad_to_multiple_of!r}")
             size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
-        if size != self.config.vocab_size:
-            resize_vocabulary(self, size)
-        return self.get_input_embeddings()
+        if size == self.config.vocab_size:
+            return self.get_input_embeddings()
+        table, head = self.get_input_embeddings(), getattr(self, "lm_head", None)
+        check_resizable(table, head, size)
+        padding = dataclasses.replace(self.config, pad_token_id=self.config.padding_idx)  # a row, counted from 0
+        check_special_ids(size, padding, getattr(self, "generation_config", None))
+        self.config = resize_vocabulary(table, head, self.config, size)
+        self.tie_weights()
+        return table
 
     def tie_weights(self) -> None:
         """Share the tensors the config wants shared; only a causal-LM head has any."""

@@ -24,9 +24,10 @@ def frequencies(
     scaling: dict[str, Any] | None,
     max_positions: int,
     key_length: int,
+    dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Angle per position of each feature pair, float32, shape (D/2,).
+    """Angle per position of each feature pair, shape (D/2,).
 
     Dynamic NTK scaling (reddit users bloc97 and emozilla) raises the base once ``key_length`` exceeds
     the trained ``max_positions``, which slows the low frequencies and leaves the high ones alone.
@@ -36,7 +37,7 @@ def frequencies(
         factor = scaling["factor"]
         stretch = factor * key_length / max_positions - (factor - 1)
         base = BASE * stretch ** (head_dim / (head_dim - 2))
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    exponents = torch.arange(0, head_dim, 2, dtype=dtype, device=device) / head_dim
     return 1.0 / base**exponents
 
 
@@ -46,22 +47,24 @@ def cos_sin(
     scaling: dict[str, Any] | None,
     max_positions: int,
     key_length: int,
-    dtype: torch.dtype,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every position's angles: position_ids (B, T) -> two of (B, T, 1, D/2).
 
-    Angles are float32 whatever ``dtype`` is: bfloat16 cannot tell position 2047 from 2048. Linear
+    Computed in ``dtype``, but at least in float32: bfloat16 cannot tell position 2047 from 2048. Linear
     scaling (reddit user kaiokendev) divides the positions by its factor.
     """
-    positions = position_ids.to(torch.float32)
+    dtype = torch.promote_types(dtype, torch.float32)
+    positions = position_ids.to(dtype)
     if scaling is not None and scaling["type"] == "linear":
         positions = positions / scaling["factor"]
-    turn = frequencies(head_dim, scaling, max_positions, key_length, position_ids.device)
+    turn = frequencies(head_dim, scaling, max_positions, key_length, dtype, position_ids.device)
     angles = positions[:, :, None, None] * turn  # (B, T, 1, D/2)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each feature pair of x (B, T, H, D) by its position's angle."""
+    """Turn each feature pair of x (B, T, H, D) by its position's angle, in the dtype of x."""
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)

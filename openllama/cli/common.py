@@ -13,7 +13,7 @@ from torch import Tensor
 
 from openllama.errors import InputError
 from openllama.generation import LogitsProcessor
-from openllama.heads import OpenLlamaForCausalLM
+from openllama.interface import OpenLlamaForCausalLM
 from openllama.tokenizer import OpenLlamaTokenizer
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"

@@ -21,7 +21,7 @@ from openllama.cli.common import Commands, add_generation_options, add_model_opt
 from openllama.errors import InputError
 from openllama.generation import GenerationConfig
 from openllama.generation.text import decoded, stop_at, until
-from openllama.heads import OpenLlamaForCausalLM
+from openllama.interface import OpenLlamaForCausalLM
 from openllama.tokenizer import OpenLlamaTokenizer
 
 TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}  # the tokenizer says which byte is wrong

@@ -17,7 +17,7 @@ from openllama.generation.outputs import GenerateOutput, Record, Step
 from openllama.generation.request import Request, prepare
 
 if TYPE_CHECKING:
-    from openllama.heads import OpenLlamaForCausalLM
+    from openllama.interface import OpenLlamaForCausalLM
 
 
 class Streamer(Protocol):

@@ -20,7 +20,7 @@ from openllama.generation.request import Request
 from openllama.outputs import CausalLMOutput
 
 if TYPE_CHECKING:
-    from openllama.heads import OpenLlamaForCausalLM
+    from openllama.interface import OpenLlamaForCausalLM
 
 
 @torch.no_grad()

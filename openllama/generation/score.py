@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from openllama.errors import InputError
-from openllama.inputs import check_input_ids
+from openllama.checks import check_input_ids
 from openllama.losses import CHUNK_LOGITS
 
 if TYPE_CHECKING:
-    from openllama.heads import OpenLlamaForCausalLM
+    from openllama.interface import OpenLlamaForCausalLM
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _log_probs(model: OpenLlamaForCausalLM, hidden: Tensor, targets: Tensor) -> 
     size = max(1, CHUNK_LOGITS // model.config.vocab_size)
     chunks = []
     for rows, wanted in zip(hidden.split(size), targets.split(size), strict=True):
-        logits = model._project(rows)
+        logits = model.project(rows)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         chunks.append(wide.log_softmax(dim=-1).gather(1, wanted[:, None].long()).squeeze(1))
     return torch.cat(chunks)

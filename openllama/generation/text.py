@@ -13,7 +13,7 @@ from openllama.generation.stopping import StoppingCriterion
 from openllama.tokenizer import OpenLlamaTokenizer, StreamDecoder
 
 if TYPE_CHECKING:
-    from openllama.heads import OpenLlamaForCausalLM
+    from openllama.interface import OpenLlamaForCausalLM
 
 
 def stream_text(

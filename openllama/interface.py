@@ -1,30 +1,117 @@
-"""The decoder with a head: next-token logits, or a class for a whole text."""
+"""The three classes that people call: the decoder, and the decoder with a head for tokens or for classes.
+
+What they compute is ``model.py``. Here are the arguments and outputs of transformers 4.31.0, checked once where a call
+comes in: what has been checked goes on as ``Inputs``, which ``forward`` takes as they are.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from openllama import generation
+from openllama.attention import check_backend
 from openllama.cache import Cache, KeyValue
+from openllama.checks import check_classification_labels, check_labels, check_tensor, checked_inputs, values_of
 from openllama.config import OpenLlamaConfig
 from openllama.errors import InputError
 from openllama.generation import GenerationConfig
-from openllama.inputs import check_classification_labels, check_input_ids, check_labels, check_tensor
 from openllama.losses import causal_lm_loss, chunked_causal_lm_loss, classification_loss
 from openllama.masks import positions_from_mask
-from openllama.model import OpenLlamaModel
-from openllama.modes import can_read_values
-from openllama.outputs import CausalLMOutput, SequenceClassifierOutput
+from openllama.model import CausalLM, Decoder, Inputs, init_weights
+from openllama.outputs import BaseModelOutput, CausalLMOutput, SequenceClassifierOutput
 from openllama.pretrained import PretrainedModel
-from openllama.surgery import init_weights
 
 
-class OpenLlamaForCausalLM(PretrainedModel):
+class OpenLlamaModel(PretrainedModel, Decoder):
+    """The decoder without a head; random weights (``from_pretrained`` loads trained ones).
+
+    ``attn_implementation``: "eager", "sdpa", "xformers", or None for sdpa where the config has
+    ``use_memory_efficient_attention`` and eager where not.
+    """
+
+    def __init__(self, config: OpenLlamaConfig, attn_implementation: str | None = None) -> None:
+        super().__init__(config)
+        self.gradient_checkpointing = False
+        self.checkpoint_arguments: dict[str, Any] = {}
+        self.set_attn_implementation(attn_implementation)
+
+    def forward(
+        self,
+        input_ids: Tensor | Inputs | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | Sequence[KeyValue] | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutput | tuple[Any, ...]:
+        """Token ids (B, T), or ``inputs_embeds`` (B, T, C), which skip the embedding and its norm.
+
+        ``attention_mask``: (B, S) of 0/1 over cached and new tokens, or 4-D (bool or additive), which
+        is used as it is and must carry causality. ``position_ids``: (B, T), by default counting on
+        from the cache. Arguments left None take the config's value. Attentions come from the eager
+        backend, whatever the model's own is. Raises ``InputError``.
+        """
+        if isinstance(input_ids, Inputs):
+            return BaseModelOutput(*super().forward(input_ids))
+        tensors = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        inputs = self.checked(*tensors, use_cache, output_attentions, output_hidden_states)
+        output = BaseModelOutput(*super().forward(inputs))
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _run_layer(self, layer: nn.Module, *arguments: Any) -> tuple[Tensor, Tensor | None, KeyValue]:
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(layer, *arguments, **self.checkpoint_arguments)
+        return layer(*arguments)
+
+    def checked(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | Sequence[KeyValue] | None,
+        inputs_embeds: Tensor | None,
+        use_cache: bool | None,
+        output_attentions: bool | None,
+        output_hidden_states: bool | None,
+    ) -> Inputs:
+        """The arguments of a forward pass, checked and completed from the config; raises ``InputError``."""
+        config = self.config
+        tensors = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        attentions = config.output_attentions if output_attentions is None else output_attentions
+        use_cache = self._use_cache(use_cache, past_key_values)
+        return checked_inputs(config, self.dtype, *tensors)._replace(
+            backend="eager" if attentions else self.attn_implementation,
+            use_cache=use_cache,
+            output_attentions=attentions,
+            output_hidden_states=config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+        )
+
+    def _use_cache(self, use_cache: bool | None, past: object) -> bool:
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if not (self.gradient_checkpointing and self.training):
+            return use_cache
+        if past is not None:
+            raise InputError("past_key_values cannot be combined with gradient checkpointing; disable one of them")
+        if use_cache:
+            warnings.warn("use_cache is switched off while gradient checkpointing trains", stacklevel=5)
+        return False
+
+    def set_attn_implementation(self, name: str | None) -> None:
+        """Choose the attention backend; raises ``BackendError`` where it cannot run."""
+        default = "sdpa" if self.config.use_memory_efficient_attention else "eager"
+        self._attn_implementation = check_backend(name or default, self.device)
+
+
+class OpenLlamaForCausalLM(PretrainedModel, CausalLM):
     """The decoder and a projection to the vocabulary.
 
     Where the config has ``shared_input_output_embedding`` the projection is the raw embedding table
@@ -32,18 +119,13 @@ class OpenLlamaForCausalLM(PretrainedModel):
     """
 
     def __init__(self, config: OpenLlamaConfig, attn_implementation: str | None = None) -> None:
-        super().__init__(config)
-        self.model = OpenLlamaModel(config, attn_implementation)
-        self.lm_head = None
-        if not config.shared_input_output_embedding:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-            init_weights(self.lm_head, config)
-        self.tie_weights()
+        super().__init__(config, OpenLlamaModel(config, attn_implementation))
+        self.config = config
         self.generation_config = GenerationConfig.from_model_config(config)
 
     def forward(
         self,
-        input_ids: Tensor | None = None,
+        input_ids: Tensor | Inputs | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | Sequence[KeyValue] | None = None,
@@ -60,10 +142,12 @@ class OpenLlamaForCausalLM(PretrainedModel):
         Labels are shifted inside: the logits at t are scored against the label at t + 1, and -100 is
         ignored. ``logits_to_keep`` computes logits for the last positions only; 0 means all.
         """
-        self._check_call(input_ids, inputs_embeds, labels, logits_to_keep)
-        tensors = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
-        body = self.model(*tensors, use_cache, output_attentions, output_hidden_states, return_dict=True)
-        logits = self._project(body.last_hidden_state[:, -logits_to_keep:])
+        inputs = input_ids
+        if not isinstance(inputs, Inputs):
+            self._check_labels(input_ids, inputs_embeds, labels, logits_to_keep)
+            tensors = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+            inputs = self.model.checked(*tensors, use_cache, output_attentions, output_hidden_states)
+        logits, body = super().forward(inputs, logits_to_keep)
         loss = None if labels is None else causal_lm_loss(logits, labels)
         output = CausalLMOutput(loss, logits, body.past_key_values, body.hidden_states, body.attentions)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
@@ -75,11 +159,11 @@ class OpenLlamaForCausalLM(PretrainedModel):
         on ``lm_head`` do not fire. A head that is more than a matrix gets all its logits.
         """
         check_tensor("labels", labels)
-        self._check_call(input_ids, arguments.get("inputs_embeds"), labels, 0)
+        self._check_labels(input_ids, arguments.get("inputs_embeds"), labels, 0)
         hidden = self.model(input_ids, **{"use_cache": False, **arguments, "return_dict": True}).last_hidden_state
         head = self.get_output_embeddings()
         if type(head) not in (nn.Linear, nn.Embedding) or getattr(head, "bias", None) is not None:
-            return causal_lm_loss(self._project(hidden), labels)
+            return causal_lm_loss(self.project(hidden), labels)
         return chunked_causal_lm_loss(hidden, labels, head.weight)
 
     def generate(self, input_ids: Tensor | None = None, **arguments: Any) -> Any:
@@ -114,7 +198,7 @@ class OpenLlamaForCausalLM(PretrainedModel):
             "use_cache": kwargs.get("use_cache"),
         }
 
-    def _check_call(
+    def _check_labels(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None, labels: Tensor | None, logits_to_keep: int
     ) -> None:
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
@@ -126,12 +210,6 @@ class OpenLlamaForCausalLM(PretrainedModel):
         given = input_ids if inputs_embeds is None else inputs_embeds
         if isinstance(given, Tensor):
             check_labels(labels, given.shape[:2], self.config.vocab_size)
-
-    def _project(self, hidden: Tensor) -> Tensor:
-        """Hidden states (B, T, C) -> logits (B, T, V)."""
-        if self.lm_head is None:
-            return F.linear(hidden, self.model.embedding.tokens.weight)
-        return self.lm_head(hidden)
 
     def get_output_embeddings(self) -> nn.Embedding | nn.Linear:
         """The module whose weight (V, C) makes the logits: the embedding table where it is shared."""
@@ -162,8 +240,9 @@ class OpenLlamaForSequenceClassification(PretrainedModel):
     """The decoder and a linear classifier on the last token of each row that is not padding."""
 
     def __init__(self, config: OpenLlamaConfig, attn_implementation: str | None = None) -> None:
-        super().__init__(config)
+        super().__init__()
         self.model = OpenLlamaModel(config, attn_implementation)
+        self.config = config
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         init_weights(self.score, config)
 
@@ -186,12 +265,12 @@ class OpenLlamaForSequenceClassification(PretrainedModel):
         of the row where there is no padding id or ``inputs_embeds`` are given. ``labels``: (B,)
         classes, or (B, num_labels) numbers; ``problem_type`` of the config, or their dtype, says which.
         """
-        last = self._last_token(input_ids)
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        if labels is not None and given is not None:
-            problem_type = check_classification_labels(labels, len(given), self.config)
         tensors = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
-        body = self.model(*tensors, use_cache, output_attentions, output_hidden_states, return_dict=True)
+        inputs = self.model.checked(*tensors, use_cache, output_attentions, output_hidden_states)
+        last = self._last_token(input_ids)
+        if labels is not None:
+            problem_type = check_classification_labels(labels, len(inputs.tokens), self.config)
+        body = self.model(inputs)
         scores = self.score(body.last_hidden_state)  # (B, T, num_labels)
         logits = scores[torch.arange(len(scores), device=scores.device), last]
         loss = None if labels is None else classification_loss(logits, labels, problem_type)
@@ -202,10 +281,10 @@ class OpenLlamaForSequenceClassification(PretrainedModel):
         """Index of the token that decides, per row (B,)."""
         if input_ids is None or self.config.pad_token_id is None:
             return -1
-        check_input_ids(input_ids, self.config.vocab_size)
         real = input_ids != self.config.pad_token_id
-        if can_read_values(real) and not bool(real.any(-1).all()):
-            row = int(real.any(-1).int().argmin())
-            raise InputError(f"row {row} of input_ids is nothing but padding (id {self.config.pad_token_id})")
+        if False in (rows := values_of(real, lambda real: real.any(-1)) or ()):
+            raise InputError(
+                f"row {rows.index(False)} of input_ids is nothing but padding (id {self.config.pad_token_id})"
+            )
         positions = torch.arange(input_ids.shape[-1], device=input_ids.device)
         return (positions * real).argmax(-1)
