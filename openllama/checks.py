@@ -31,7 +31,7 @@ def values_of(tensor: Tensor, reduction: Callable[[Tensor], Tensor]) -> list[Any
         return None
     try:
         return reduction(tensor).flatten().tolist()
-    except RuntimeError:  # of vmap and make_fx
+    except RuntimeError:  # of vmap
         return None
 
 

@@ -35,7 +35,7 @@ CONFIG_FILE = "config.json"
 
 def setting(default: T, rule: Rule) -> T:
     """A field of a ``Settings`` class: ``default``, or what ``rule`` lets pass."""
-    return field(default=default, metadata={"rule": rule})  # type: ignore[no-any-return]
+    return field(default=default, metadata={"rule": rule})
 
 
 def boolean(value: Any) -> bool:
@@ -58,12 +58,12 @@ def integer(least: float = -math.inf, hint: str = "") -> Rule:
 def number(interval: str = "(-inf, inf)", hint: str = "") -> Rule:
     """Real numbers in an interval written as in mathematics: "(0, 1]" is 0 < x <= 1."""
     low, high = map(float, interval[1:-1].split(","))
+    ends = [low] * (interval[0] == "[") + [high] * (interval[-1] == "]")
 
     def rule(value: Any) -> Any:
-        if isinstance(value, Real) and not isinstance(value, bool):
-            above = value > low or (value == low and interval[0] == "[")
-            if above and (value < high or (value == high and interval[-1] == "]")):
-                return value.item() if hasattr(value, "item") else value
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        if is_number and (low < value < high or value in ends):
+            return value.item() if hasattr(value, "item") else value
         raise ValueError(f"a number in {interval}{hint}")
 
     return rule
@@ -170,7 +170,10 @@ def _rope_scaling(value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping) or set(value) != {"type", "factor"}:
         raise ValueError('{"type": ..., "factor": ...} and nothing else')
     try:
-        return {"type": one_of("linear", "dynamic")(value["type"]), "factor": float(number("(1, inf)")(value["factor"]))}
+        return {
+            "type": one_of("linear", "dynamic")(value["type"]),
+            "factor": float(number("(1, inf)")(value["factor"])),
+        }
     except ValueError as error:
         raise ValueError('{"type": "linear" or "dynamic", "factor": a number above 1}') from error
 
@@ -206,7 +209,7 @@ class OpenLlamaConfig(Settings):
     attention_dropout_prob: float = setting(0.1, number("[0, 1]"))  # on the attention weights, in training
     use_stable_embedding: bool = setting(True, boolean)  # LayerNorm after the embedding lookup
     shared_input_output_embedding: bool = setting(True, boolean)  # no lm_head: logits come from the embedding table
-    rope_scaling: dict[str, Any] | None = setting(None, optional(_rope_scaling))
+    rope_scaling: dict[str, Any] | None = setting(None, optional(_rope_scaling))  # type and factor
     num_labels: int = setting(2, integer(1))  # classes of the sequence classifier
     problem_type: str | None = setting(None, optional(one_of(*PROBLEM_TYPES)))  # None: inferred from the labels
     output_attentions: bool = setting(False, boolean)  # these three are defaults of a forward call

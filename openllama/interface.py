@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from openllama import generation
-from openllama.attention import check_backend
 from openllama.cache import Cache, KeyValue
 from openllama.checks import check_classification_labels, check_labels, check_tensor, checked_inputs, values_of
 from openllama.config import OpenLlamaConfig
@@ -41,7 +40,24 @@ class OpenLlamaModel(PretrainedModel, Decoder):
         self.checkpoint_arguments: dict[str, Any] = {}
         self.set_attn_implementation(attn_implementation)
 
+    @overload  # type: ignore[override]  # takes HF's arguments, too
     def forward(
+        self,
+        input_ids: Tensor | Inputs | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | Sequence[KeyValue] | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: Literal[True] | None = None,
+    ) -> BaseModelOutput: ...
+
+    @overload
+    def forward(self, *arguments: Any, return_dict: Literal[False], **named: Any) -> tuple[Any, ...]: ...
+
+    def forward(  # type: ignore[misc]  # the second overload is loose
         self,
         input_ids: Tensor | Inputs | None = None,
         attention_mask: Tensor | None = None,
@@ -66,6 +82,9 @@ class OpenLlamaModel(PretrainedModel, Decoder):
         inputs = self.checked(*tensors, use_cache, output_attentions, output_hidden_states)
         output = BaseModelOutput(*super().forward(inputs))
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    if TYPE_CHECKING:
+        __call__ = forward  # nn.Module has Any
 
     def _run_layer(self, layer: nn.Module, *arguments: Any) -> tuple[Tensor, Tensor | None, KeyValue]:
         if self.gradient_checkpointing and self.training:
@@ -105,11 +124,6 @@ class OpenLlamaModel(PretrainedModel, Decoder):
             warnings.warn("use_cache is switched off while gradient checkpointing trains", stacklevel=5)
         return False
 
-    def set_attn_implementation(self, name: str | None) -> None:
-        """Choose the attention backend; raises ``BackendError`` where it cannot run."""
-        default = "sdpa" if self.config.use_memory_efficient_attention else "eager"
-        self._attn_implementation = check_backend(name or default, self.device)
-
 
 class OpenLlamaForCausalLM(PretrainedModel, CausalLM):
     """The decoder and a projection to the vocabulary.
@@ -118,12 +132,33 @@ class OpenLlamaForCausalLM(PretrainedModel, CausalLM):
     and ``lm_head`` is None; with ``tie_word_embeddings`` it is a ``lm_head`` that holds the same tensor.
     """
 
+    model: OpenLlamaModel
+
     def __init__(self, config: OpenLlamaConfig, attn_implementation: str | None = None) -> None:
         super().__init__(config, OpenLlamaModel(config, attn_implementation))
         self.config = config
         self.generation_config = GenerationConfig.from_model_config(config)
 
+    @overload  # type: ignore[override]  # takes HF's arguments, too
     def forward(
+        self,
+        input_ids: Tensor | Inputs | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | Sequence[KeyValue] | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: Literal[True] | None = None,
+        logits_to_keep: int = 0,
+    ) -> CausalLMOutput: ...
+
+    @overload
+    def forward(self, *arguments: Any, return_dict: Literal[False], **named: Any) -> tuple[Any, ...]: ...
+
+    def forward(  # type: ignore[misc]  # the second overload is loose
         self,
         input_ids: Tensor | Inputs | None = None,
         attention_mask: Tensor | None = None,
@@ -142,8 +177,9 @@ class OpenLlamaForCausalLM(PretrainedModel, CausalLM):
         Labels are shifted inside: the logits at t are scored against the label at t + 1, and -100 is
         ignored. ``logits_to_keep`` computes logits for the last positions only; 0 means all.
         """
-        inputs = input_ids
-        if not isinstance(inputs, Inputs):
+        if isinstance(input_ids, Inputs):
+            inputs, return_dict = input_ids, True
+        else:
             self._check_labels(input_ids, inputs_embeds, labels, logits_to_keep)
             tensors = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
             inputs = self.model.checked(*tensors, use_cache, output_attentions, output_hidden_states)
@@ -151,6 +187,9 @@ class OpenLlamaForCausalLM(PretrainedModel, CausalLM):
         loss = None if labels is None else causal_lm_loss(logits, labels)
         output = CausalLMOutput(loss, logits, body.past_key_values, body.hidden_states, body.attentions)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    if TYPE_CHECKING:
+        __call__ = forward  # nn.Module has Any
 
     def loss(self, input_ids: Tensor | None, labels: Tensor, **arguments: Any) -> Tensor:
         """The loss of ``forward(labels=...)`` without ever holding the (B, T, V) logits; for training.
@@ -246,7 +285,25 @@ class OpenLlamaForSequenceClassification(PretrainedModel):
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         init_weights(self.score, config)
 
+    @overload
     def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | Sequence[KeyValue] | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: Literal[True] | None = None,
+    ) -> SequenceClassifierOutput: ...
+
+    @overload
+    def forward(self, *arguments: Any, return_dict: Literal[False], **named: Any) -> tuple[Any, ...]: ...
+
+    def forward(  # type: ignore[misc]  # the second overload is loose
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -276,6 +333,9 @@ class OpenLlamaForSequenceClassification(PretrainedModel):
         loss = None if labels is None else classification_loss(logits, labels, problem_type)
         output = SequenceClassifierOutput(loss, logits, body.past_key_values, body.hidden_states, body.attentions)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    if TYPE_CHECKING:
+        __call__ = forward  # nn.Module has Any
 
     def _last_token(self, input_ids: Tensor | None) -> Tensor | int:
         """Index of the token that decides, per row (B,)."""

@@ -66,7 +66,7 @@ class CausalLMOutput(ModelOutput):
     """Of ``OpenLlamaForCausalLM``; hidden states and attentions as in ``BaseModelOutput``."""
 
     loss: Tensor | None = None  # scalar float32 (float64 for a float64 model)
-    logits: Tensor | None = None  # (B, T, V), or the last logits_to_keep of T
+    logits: Tensor = None  # type: ignore[assignment]  # (B, T, V), or the last logits_to_keep of T
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
@@ -77,7 +77,7 @@ class SequenceClassifierOutput(ModelOutput):
     """Of ``OpenLlamaForSequenceClassification``; hidden states and attentions as in ``BaseModelOutput``."""
 
     loss: Tensor | None = None  # scalar float32 (float64 for a float64 model)
-    logits: Tensor | None = None  # (B, num_labels), of the last token of each row that is not padding
+    logits: Tensor = None  # type: ignore[assignment]  # (B, num_labels), of the last token of each row that is not padding
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None

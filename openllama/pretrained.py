@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from openllama.attention import check_backend
 from openllama.checkpoint.convert import described
 from openllama.checkpoint.names import EMBEDDING, LM_HEAD, PREFIX, SCORE, Head, Weights, floating_dtype, select
 from openllama.checkpoint.reader import open_checkpoint
@@ -19,7 +20,7 @@ from openllama.checkpoint.writer import OURS, check_destination, finished_folder
 from openllama.config import OpenLlamaConfig
 from openllama.errors import InputError
 from openllama.generation.config import GENERATION_CONFIG_FILE, GenerationConfig
-from openllama.model import Decoder
+from openllama.model import StableEmbedding
 from openllama.surgery import check_resizable, check_special_ids, resize_vocabulary
 
 Model = TypeVar("Model", bound="PretrainedModel")
@@ -29,6 +30,10 @@ class PretrainedModel(nn.Module):
     """Base of the decoder and of the heads on it; heads keep the decoder in ``self.model``."""
 
     generation_config: GenerationConfig  # of models that generate
+    embedding: StableEmbedding  # this and the next three of the decoder
+    gradient_checkpointing: bool
+    checkpoint_arguments: dict[str, Any]
+    _attn_implementation: str
     _require_grads: RemovableHandle | None = None
 
     @property
@@ -43,11 +48,11 @@ class PretrainedModel(nn.Module):
             self.base_model.config = config
 
     @property
-    def base_model(self) -> Decoder:
+    def base_model(self) -> PretrainedModel:
         """The ``OpenLlamaModel`` without head: this model itself where it has none."""
-        return getattr(self, "model", self)  # type: ignore[arg-type]  # only the decoder has no "model"
+        return getattr(self, "model", self)  # only the decoder has no "model"
 
-    def get_decoder(self) -> Decoder:
+    def get_decoder(self) -> PretrainedModel:
         """HF's other name for ``base_model``."""
         return self.base_model
 
@@ -69,11 +74,12 @@ class PretrainedModel(nn.Module):
     @property
     def attn_implementation(self) -> str:
         """The attention backend: "eager", "sdpa" or "xformers"."""
-        return self.base_model._attn_implementation  # type: ignore[return-value]
+        return self.base_model._attn_implementation
 
     def set_attn_implementation(self, name: str | None) -> None:
-        """Choose the attention backend; raises ``BackendError`` where it cannot run."""
-        self.base_model.set_attn_implementation(name)  # type: ignore[operator]
+        """Choose the attention backend, None for the config's; raises ``BackendError`` where it cannot run."""
+        default = "sdpa" if self.config.use_memory_efficient_attention else "eager"
+        self.base_model._attn_implementation = check_backend(name or default, self.device)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """In training, compute each layer again in the backward pass instead of keeping its inner values.

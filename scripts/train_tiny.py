@@ -220,7 +220,7 @@ class Trainer:
         self.model.train()
         windows = self._windows()
         with torch.autocast("cpu", torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
-            loss = self.model(windows, labels=windows, use_cache=False).loss
+            loss = self.model(windows, labels=windows, use_cache=False, return_dict=False)[0]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from openllama import OpenLlamaForCausalLM, OpenLlamaModel
-from openllama.attention import BACKENDS, attention, check_backend, prepare_mask
+from openllama.attention import BACKENDS, attention, check_backend
 from openllama.errors import BackendError
+from openllama.masks import prepare_mask
 from tests.draw import examples
 from tests.parity.draws import PADDINGS, padding_mask, seeds
 from tests.tiny import tiny_config, tiny_ids, tiny_model

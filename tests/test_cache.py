@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from openllama import OpenLlamaConfig, OpenLlamaForCausalLM
-from openllama.cache import GrowingCache, PreallocatedCache, as_cache
+from openllama.cache import GrowingCache, PreallocatedCache
+from openllama.checks import as_cache
 from openllama.errors import InputError
 from tests.draw import examples
 from tests.parity.draws import (

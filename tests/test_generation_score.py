@@ -39,7 +39,7 @@ def test_perplexity_by_worked_example():
 
 def test_few_logits_exist_at_a_time(model, monkeypatch):
     sizes = []
-    project = model._project
+    project = model.project
     monkeypatch.setattr(model, "_project", lambda hidden: (sizes.append(len(hidden)), project(hidden))[1])
     whole = [result.log_probs for result in score(model, TEXTS)]
     assert sizes == [10]

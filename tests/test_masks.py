@@ -12,10 +12,10 @@ from openllama.errors import InputError
 from openllama.masks import (
     Mask,
     additive_mask,
-    causal_visible,
+    boolean_mask,
+    causal_mask,
     pack_documents,
     positions_from_mask,
-    visible_mask,
 )
 from tests.draw import examples
 from tests.parity.draws import seeds
@@ -60,10 +60,10 @@ def visible(mask: Mask, batch: int, length: int, key_length: int) -> Tensor:
 
 
 def test_two_tokens_padded_to_three_are_as_the_docstring_draws_them() -> None:
-    mask = visible_mask(torch.tensor([[0, 1, 1]]), 3, 3, hidden())
+    mask = boolean_mask(torch.tensor([[0, 1, 1]]), 3, 3, hidden())
     assert mask.tensor is not None
     assert mask.tensor[0, 0].int().tolist() == [[1, 1, 1], [0, 1, 0], [0, 1, 1]]  # nothing to see: everything
-    assert causal_visible(2, 3, torch.device("cpu")).int().tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert causal_mask(2, 3, torch.device("cpu")).int().tolist() == [[1, 1, 0], [1, 1, 1]]
 
 
 @examples(80)
@@ -83,21 +83,20 @@ def test_the_additive_mask_is_the_definition(drawn: tuple[Tensor | None, int, in
 
 @examples(80)
 @given(drawn=paddings())
-def test_the_visible_mask_is_the_definition_but_for_rows_that_see_nothing(
+def test_the_boolean_mask_is_the_definition_but_for_rows_that_see_nothing(
     drawn: tuple[Tensor | None, int, int, int],
 ) -> None:
     padding, batch, length, key_length = drawn
     expected = by_definition(padding, batch, length, key_length)
-    found = visible(visible_mask(padding, length, key_length, hidden(batch)), batch, length, key_length)
+    found = visible(boolean_mask(padding, length, key_length, hidden(batch)), batch, length, key_length)
     blind = ~expected.any(-1, keepdim=True)
     assert torch.equal(found, expected | blind)
     assert bool(found.any(-1).all())
 
 
-@pytest.mark.parametrize("padding", [None, torch.ones(2, 5, dtype=torch.long), torch.ones(2, 5, dtype=torch.bool)])
-def test_without_padding_no_tensor_is_made(padding: Tensor | None) -> None:
-    assert visible_mask(padding, 5, 5, hidden(2)) == Mask(causal=True)
-    assert visible_mask(padding, 1, 5, hidden(2)) == Mask()
+def test_without_padding_no_tensor_is_made() -> None:
+    assert boolean_mask(None, 5, 5, hidden(2)) == Mask(causal=True)
+    assert boolean_mask(None, 1, 5, hidden(2)) == Mask()
 
 
 @examples(30)
@@ -106,7 +105,7 @@ def test_the_mask_that_is_given_is_not_changed(drawn: tuple[Tensor | None, int, 
     padding, batch, length, key_length = drawn
     before = None if padding is None else padding.clone()
     additive_mask(padding, length, key_length, hidden(batch))
-    visible_mask(padding, length, key_length, hidden(batch))
+    boolean_mask(padding, length, key_length, hidden(batch))
     assert padding is None or torch.equal(padding, before)
 
 
@@ -117,7 +116,7 @@ def test_a_bool_mask_of_four_dimensions_is_used_as_it_is() -> None:
     assert additive is not None
     assert torch.equal(additive == 0, given_mask)
     assert torch.equal(additive == LOWEST, ~given_mask)
-    seen = visible_mask(given_mask, 4, 5, hidden(2)).tensor
+    seen = boolean_mask(given_mask, 4, 5, hidden(2)).tensor
     assert seen is not None
     assert bool(seen[0, 0, 0].all())
     assert torch.equal(seen.flatten(0, 2)[1:], (given_mask | ~given_mask.any(-1, keepdim=True)).flatten(0, 2)[1:])
@@ -127,7 +126,7 @@ def test_an_additive_mask_of_four_dimensions_is_used_as_it_is_but_finite() -> No
     given_mask = torch.randn(2, 1, 4, 5)
     given_mask[0, 0, 1] = -torch.inf
     additive = additive_mask(given_mask, 4, 5, hidden(2)).tensor
-    fused = visible_mask(given_mask, 4, 5, hidden(2)).tensor
+    fused = boolean_mask(given_mask, 4, 5, hidden(2)).tensor
     assert additive is not None
     assert fused is not None
     assert torch.equal(additive, given_mask)

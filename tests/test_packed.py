@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from openllama import OpenLlamaConfig, OpenLlamaForCausalLM
-from openllama.attention import prepare_mask
 from openllama.errors import InputError
-from openllama.masks import pack_documents
+from openllama.masks import pack_documents, prepare_mask
 from tests.draw import examples
 from tests.parity.draws import batches, configs, is_real, length_of, randomise_norms, seeds
 from tests.tiny import tiny_ids, tiny_model

@@ -132,10 +132,18 @@ def test_dynamic_scaling_depends_on_this_call_s_length_only() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_comes_after_the_angles(dtype: torch.dtype) -> None:
-    ids = torch.tensor([[2047, 2048]])
+    ids = torch.tensor([[2047, 2048]])  # in bfloat16 these are one number
     cos, sin = cos_sin(ids, 16, None, 4096, 2, dtype)
-    wide_cos, wide_sin = cos_sin(ids, 16, None, 4096, 2, torch.float32)
-    assert cos.dtype == sin.dtype == dtype
-    assert torch.equal(cos, wide_cos.to(dtype))
-    assert torch.equal(sin, wide_sin.to(dtype))
-    assert not torch.equal(cos[:, 0], cos[:, 1])  # in bfloat16, 2047 and 2048 are one number
+    assert cos.dtype == sin.dtype == torch.float32
+    assert not torch.equal(cos[:, 0].to(dtype), cos[:, 1].to(dtype))
+    x = torch.randn(1, 2, 3, 16).to(dtype)
+    assert torch.equal(rotate(x, cos, sin), rotate(x, cos.to(dtype), sin.to(dtype)))
+    assert rotate(x, cos, sin).dtype == dtype
+
+
+def test_float64_is_float64_throughout() -> None:
+    ids = torch.arange(3000)[None]
+    exact = ids[0, :, None].double() * 10000.0 ** (-torch.arange(0, 16, 2, dtype=torch.float64) / 16)
+    cos, sin = cos_sin(ids, 16, None, 4096, 3000, torch.float64)
+    torch.testing.assert_close(cos[0, :, 0], exact.cos(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(sin[0, :, 0], exact.sin(), rtol=0, atol=1e-12)

@@ -20,7 +20,6 @@ from openllama import OpenLlamaConfig, OpenLlamaForCausalLM, OpenLlamaForSequenc
 from openllama.cache import GrowingCache, PreallocatedCache
 from openllama.model import RMSNorm
 from openllama.outputs import CausalLMOutput
-from openllama.rope import cos_sin
 from tests.draw import examples
 from tests.parity.draws import batches, configs, is_real, randomise_norms, seeds
 from tests.tiny import tiny_config, tiny_ids, tiny_model
@@ -251,14 +250,10 @@ def test_float32_is_near_float64_and_the_backends_agree_in_float64(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rotary_tables_of_a_cast_model_are_rounded_float32_ones(dtype: torch.dtype) -> None:
-    positions = torch.tensor([[0, 1, 2047, 2048, 100_000]])
-    tables = cos_sin(positions, 12, None, 8, 100_001, torch.float32)
-    for found, exact in zip(cos_sin(positions, 12, None, 8, 100_001, dtype), tables, strict=True):
-        assert torch.equal(found, exact.to(dtype))
+def test_the_trained_context_is_no_border_for_the_rotation_of_a_cast_model(dtype: torch.dtype) -> None:
     ids = tiny_ids(2, 20)
     logits = [tiny_model(max_position_embeddings=limit).to(dtype)(ids).logits for limit in (4, 64)]
-    assert torch.equal(*logits), "the trained context is no border for the tables"
+    assert torch.equal(*logits)
 
 
 # --- hooks ---

@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from openllama import OpenLlamaConfig, OpenLlamaForCausalLM, OpenLlamaForSequenceClassification, OpenLlamaModel, losses
-from openllama.attention import attention, prepare_mask
+from openllama.attention import attention
 from openllama.cache import PreallocatedCache
 from openllama.errors import InputError
+from openllama.masks import prepare_mask
 from tests.draw import examples
 from tests.parity.draws import Batch, batches, configs, length_of, randomise_norms, seeds
 from tests.tiny import tiny_ids, tiny_model

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from openllama import OpenLlamaConfig, OpenLlamaForCausalLM
-from openllama.attention import prepare_mask, xformers_attention
+from openllama.attention import xformers_attention
 from openllama.errors import BackendError
-from openllama.masks import pack_documents
+from openllama.masks import pack_documents, prepare_mask
 from tests.draw import examples
 from tests.parity.draws import batches, chunkings, chunks_of, configs, is_real, length_of, randomise_norms, seeds
 from tests.tiny import tiny_config, tiny_ids, tiny_model
@@ -112,7 +112,7 @@ def ops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Stan
 
 def use_xformers(model: Any) -> Any:
     """By force: asking for it by name is refused without a GPU."""
-    model.base_model.attn_implementation = "xformers"
+    model.base_model._attn_implementation = "xformers"
     return model
 
 
@@ -257,6 +257,6 @@ def test_attentions_that_are_asked_for_come_from_eager(ops: StandIn) -> None:
 def test_with_the_library_a_model_on_a_cpu_still_trains_on_sdpa() -> None:
     model = OpenLlamaForCausalLM(tiny_config()).train()
     model(tiny_ids(), attention_mask=LEFT_PADDED, labels=tiny_ids()).loss.backward()
-    assert model.model.attn_implementation == "sdpa"
+    assert model.model._attn_implementation == "sdpa"
     with pytest.raises(BackendError, match="runs on CUDA, the model is on cpu; use 'sdpa'"):
         model.set_attn_implementation("xformers")

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from openllama.cache import Cache, GrowingCache, KeyValue
+from openllama.checks import as_cache, check_attention_mask, check_input_ids, check_inputs_embeds, check_tensor
 from openllama.config import OpenLlamaConfig
 from openllama.errors import InputError
 from openllama.generation.config import GenerationConfig, as_list
 from openllama.generation.processors import all_processors
 from openllama.generation.stopping import StoppingCriterion, max_time, stopped
 from openllama.generation.warpers import LogitsProcessor, warpers_for
-from openllama.checks import as_cache, check_attention_mask, check_input_ids, check_inputs_embeds, check_tensor
 
 if TYPE_CHECKING:
     from openllama.interface import OpenLlamaForCausalLM

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from openllama.errors import InputError
 from openllama.checks import check_input_ids
+from openllama.errors import InputError
 from openllama.losses import CHUNK_LOGITS
 
 if TYPE_CHECKING:

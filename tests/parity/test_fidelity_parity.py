@@ -237,7 +237,7 @@ def test_row_06_hf_does_not_survive_an_xformers_without_a_kernel(
 
 def test_row_07_hf_misaligns_xformers_behind_a_cache_and_we_do_not(xformers: Xformers) -> None:
     hf, ours = both(**NO_DROPOUT)
-    ours.model.attn_implementation = "xformers"
+    ours.model._attn_implementation = "xformers"
     states = []
     for model in (hf, ours):
         whole = model.train().model(tiny_ids()).last_hidden_state
@@ -254,7 +254,7 @@ def test_row_07_hf_misaligns_xformers_behind_a_cache_and_we_do_not(xformers: Xfo
 def test_row_07_hf_gives_none_for_attentions_in_xformers(xformers: Xformers) -> None:
     hf, ours = both(**NO_DROPOUT)
     assert hf.train()(tiny_ids(), output_attentions=True).attentions == (None, None)
-    ours.model.attn_implementation = "xformers"
+    ours.model._attn_implementation = "xformers"
     assert_same(
         ours.train()(tiny_ids(), output_attentions=True).attentions,
         hf.eval()(tiny_ids(), output_attentions=True).attentions,

@@ -13,17 +13,18 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from openllama import OpenLlamaForCausalLM, OpenLlamaForSequenceClassification, OpenLlamaModel
 from openllama.cache import PreallocatedCache
-from openllama.errors import InputError
-from openllama.inputs import (
+from openllama.checks import (
     check_attention_mask,
     check_classification_labels,
     check_input_ids,
     check_inputs_embeds,
     check_labels,
     check_position_ids,
+    checked_inputs,
     is_integer,
+    values_of,
 )
-from openllama.modes import can_read_values
+from openllama.errors import InputError
 from tests.tiny import tiny_config, tiny_ids, tiny_model
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -157,6 +158,18 @@ def test_a_full_mask_may_differ_by_row_and_by_head(shape: tuple[int, ...], dtype
 )
 def test_impossible_masks_are_refused(mask: torch.Tensor, said: tuple[str, ...]) -> None:
     assert_says(refusal(check_attention_mask, mask, batch=2, length=3, key_length=5, heads=4), *said)
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.bool, torch.float32])
+def test_a_padding_mask_of_ones_is_dropped_and_any_other_goes_on(dtype: torch.dtype) -> None:
+    def mask_of(mask: torch.Tensor) -> torch.Tensor | None:
+        return checked_inputs(tiny_config(), torch.float32, tiny_ids(2, 3), mask, None, None, None).mask
+
+    assert mask_of(torch.ones(2, 3, dtype=dtype)) is None
+    padded = torch.tensor([[0, 1, 1], [1, 1, 1]]).to(dtype)
+    assert mask_of(padded) is padded
+    full = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    assert mask_of(full) is full
 
 
 # --- labels ---
@@ -304,9 +317,43 @@ def test_input_errors_are_value_errors() -> None:
 # --- where values cannot be read, shapes are still checked ---
 
 
+def total(tensor: torch.Tensor) -> list[Any] | None:
+    return values_of(tensor, torch.Tensor.sum)
+
+
+def test_the_values_of_an_ordinary_tensor_are_read() -> None:
+    assert total(torch.ones(2, 3)) == [6.0]
+    assert total(torch.ones(3, requires_grad=True)) == total(torch.nn.Parameter(torch.ones(3))) == [3.0]
+    assert values_of(torch.tensor([[4, 2]]), lambda ids: torch.stack(ids.aminmax())) == [2, 4]
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda read: torch.func.vmap(read)(torch.ones(2, 3)),
+        lambda read: make_fx(read, tracing_mode="symbolic")(torch.ones(2)),
+        lambda read: torch.compile(read, backend="eager")(torch.ones(2)),
+        lambda read: torch.jit.trace(read, (torch.ones(2),), check_trace=False),
+        lambda read: read(FakeTensorMode().from_tensor(torch.ones(2))),
+    ],
+    ids=["vmap", "make_fx, symbolic", "compile", "jit", "fake"],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_no_values_are_read_where_torch_has_none(run: Callable[..., Any]) -> None:
+    seen: list[Any] = []
+
+    def read(x: torch.Tensor) -> torch.Tensor:
+        seen.append(total(x))
+        return x + 1
+
+    run(read)
+    assert seen
+    assert all(values is None for values in seen)
+
+
 def test_values_are_not_read_on_the_meta_device() -> None:
     ids = torch.full((1, 2), 99, device="meta")
-    assert not can_read_values(ids)
+    assert total(ids) is None
     check_input_ids(ids, 10)
     check_position_ids(-ids, 1, 2)
     check_labels(ids, torch.Size((1, 2)), 10)
@@ -331,15 +378,10 @@ def test_operations_can_be_recorded() -> None:
     torch.testing.assert_close(traced(ids + 1)[0], model(ids + 1)[0])
 
 
-def test_values_are_not_read_while_compiling() -> None:
-    seen = []
-
+def test_checks_of_values_are_no_part_of_a_compiled_graph() -> None:
     def check(ids: torch.Tensor) -> torch.Tensor:
-        seen.append(can_read_values(ids))
         check_input_ids(ids, 10)
         return ids + 1
 
     ids = torch.full((1, 2), 99)
     assert torch.equal(torch.compile(check, backend="eager", fullgraph=True)(ids), ids + 1)
-    assert seen == [False]
-    assert can_read_values(ids)
