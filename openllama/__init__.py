@@ -1,27 +1,24 @@
 """Open-Llama in plain PyTorch.
 
-To understand the model read ``config``, ``rope``, ``masks``, ``cache``, ``attention``, ``model`` and ``heads``, in
-this order; for text, ``tokenizer`` and ``generation``. All modules in the order of their imports, none of which goes
-down this list:
+All modules in the order in which to read them, which is also the order of their imports:
 
 errors      everything that can be refused
 config      the numbers that shape a model
-modes       what torch is doing around us
-inputs      what a forward pass may be given
 rope        positions
-masks       who sees whom
-cache       what is remembered
+masks       which keys a query may see
+cache       keys and values of earlier tokens
 attention   one formula, three ways to compute it
-recompute   what training need not remember
-outputs     what a forward pass returns
+model       the whole model, from token ids to logits; what follows serves it
+checks      what a call may be given
+outputs     what a call returns
 losses      what training minimises
-surgery     fresh weights, and vocabularies of another size
+recompute   training in less memory
+surgery     vocabularies of another size
 tokenizer   text to ids and back
 checkpoint  names, files and conversion
 generation  from logits to tokens
 pretrained  what models inherit: loading and saving
-model       the decoder
-heads       its projection to the vocabulary, or to classes
+interface   the three classes that people call
 chat        conversations
 cli         the command line
 """

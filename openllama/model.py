@@ -234,13 +234,12 @@ class CausalLM(nn.Module):
 def init_weights(model: nn.Module, config: OpenLlamaConfig) -> None:
     """Draw fresh weights: matrices N(0, initializer_range), a stable embedding Xavier-normal, its padding row zero."""
     for module in model.modules():
-        if isinstance(module, nn.Linear):
+        if not isinstance(module, (nn.Linear, nn.Embedding)) or module.weight.is_meta:
+            continue  # on the meta device there is nothing to draw, and torch takes seconds to learn how
+        if isinstance(module, nn.Embedding) and config.use_stable_embedding:
+            nn.init.xavier_normal_(module.weight)
+        else:
             nn.init.normal_(module.weight, std=config.initializer_range)
-        elif isinstance(module, nn.Embedding):
-            if config.use_stable_embedding:
-                nn.init.xavier_normal_(module.weight)
-            else:
-                nn.init.normal_(module.weight, std=config.initializer_range)
-            if module.padding_idx is not None:
-                with torch.no_grad():
-                    module.weight[module.padding_idx] = 0
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            with torch.no_grad():
+                module.weight[module.padding_idx] = 0

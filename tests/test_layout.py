@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import openllama
+from tests.tiny import tiny_ids, tiny_model
 
 PACKAGE = Path(openllama.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -30,10 +33,8 @@ def module_of(path: Path) -> str:
 
 
 def imports(node: ast.AST) -> Iterator[str]:
-    """Full names of what is imported anywhere below ``node`` when the program runs, inside functions too."""
+    """Full names of what is imported anywhere below ``node``, inside functions and for types alone, too."""
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
-            continue
         if isinstance(child, ast.Import):
             yield from (alias.name for alias in child.names)
         elif isinstance(child, ast.ImportFrom):
@@ -63,6 +64,81 @@ def test_imports_only_go_up_the_reading_order(path: Path) -> None:
 def test_nothing_imports_transformers_or_the_scripts(path: Path) -> None:
     packages = {name.partition(".")[0] for name in imports(ast.parse(path.read_text(encoding="utf-8")))}
     assert not packages & {"transformers", "scripts", "tests", "benchmarks"}
+
+
+def modules_imported_by(path: Path) -> set[Path]:
+    """Files of the package that ``path`` imports from."""
+    found = set()
+    for name in imports(ast.parse(path.read_text(encoding="utf-8"))):
+        parts = name.split(".")
+        for size in range(len(parts), 1, -1):  # openllama.config.Settings is in openllama/config.py
+            place = PACKAGE.joinpath(*parts[1:size])
+            if parts[0] == "openllama" and (file := next(filter(Path.is_file, _files_of(place)), None)):
+                found.add(file)
+                break
+    return found
+
+
+def _files_of(place: Path) -> tuple[Path, Path]:
+    return place.with_suffix(".py"), place / "__init__.py"
+
+
+def test_no_import_goes_in_a_circle_not_even_for_types() -> None:
+    waiting = {path: modules_imported_by(path) - {path} for path in FILES}
+    while free := [path for path, needed in waiting.items() if not needed & waiting.keys()]:
+        for path in free:
+            del waiting[path]
+    assert sorted(path.relative_to(PACKAGE).as_posix() for path in waiting) == []
+
+
+HEART = ("errors", "config", "rope", "masks", "cache", "attention", "model")
+
+
+def test_the_model_and_its_neighbours_need_nothing_else() -> None:
+    needed, new = set(), {PACKAGE / "model.py"}
+    while new:
+        needed |= new
+        new = {found for path in new for found in modules_imported_by(path)} - needed
+    assert {path.stem for path in needed} == set(HEART)
+
+
+@torch.no_grad()
+def test_the_model_copied_out_with_its_neighbours_gives_the_same_logits(tmp_path: Path) -> None:
+    (tmp_path / "openllama").mkdir()
+    (tmp_path / "openllama" / "__init__.py").touch()
+    for name in HEART:
+        shutil.copy(PACKAGE / f"{name}.py", tmp_path / "openllama")
+    model, ids = tiny_model(), tiny_ids()
+    torch.save((model.config.to_dict(), model.state_dict(), ids), tmp_path / "weights.pt")
+    code = """
+import torch
+from openllama.config import OpenLlamaConfig
+from openllama.model import CausalLM, Inputs
+torch.set_num_threads(1)
+config, weights, ids = torch.load("weights.pt")
+model = CausalLM(OpenLlamaConfig.from_dict(config)).eval()
+model.load_state_dict(weights, strict=True)
+with torch.no_grad():
+    logits, _ = model(Inputs(ids))
+    _, output = model(Inputs(ids[:, :4]))
+    later, _ = model(Inputs(ids[:, 4:], cache=output.past_key_values))
+torch.save((logits, later), "logits.pt")
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    whole, later = torch.load(tmp_path / "logits.pt")
+    assert torch.equal(whole, model(ids).logits)
+    past = model(ids[:, :4]).past_key_values
+    assert torch.equal(later, model(ids[:, 4:], past_key_values=past).logits)
+
+
+def test_no_module_needs_a_private_part_of_torch_to_be_imported() -> None:
+    """Names with an underscore may go with any release; where one is used, its absence is provided for."""
+    for path in FILES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        guarded = [node for node in ast.walk(tree) if isinstance(node, ast.With) and "suppress" in ast.unparse(node)]
+        allowed = {name for node in guarded for name in imports(node)}
+        private = {name for name in imports(tree) if name.startswith("torch.") and "._" in name}
+        assert private <= allowed, path
 
 
 def test_importing_the_package_brings_only_what_models_need() -> None:

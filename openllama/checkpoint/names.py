@@ -19,6 +19,7 @@ from torch import Tensor
 
 from openllama.config import OpenLlamaConfig
 from openllama.errors import ConfigError, KeyMismatchError
+from openllama.model import CausalLM
 from openllama.rope import frequencies
 
 Shape = tuple[int, ...]
@@ -112,21 +113,13 @@ def floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 def expected_shapes(config: OpenLlamaConfig, head: Head = "causal-lm") -> dict[str, Shape]:
     """Full native name -> shape of every weight a file must hold; a tied ``lm_head`` needs no copy."""
-    size, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
-    shapes: dict[str, Shape] = {EMBEDDING: (vocab, size)}
-    if config.use_stable_embedding:
-        shapes |= {"model.embedding.norm.weight": (size,), "model.embedding.norm.bias": (size,)}
-    for layer in range(config.num_hidden_layers):
-        names = f"model.layers.{layer}."
-        shapes |= {f"{names}{norm}.weight": (size,) for norm in ("attention_norm", "mlp_norm")}
-        shapes |= {f"{names}attention.{which}_proj.weight": (size, size) for which in "qkvo"}
-        shapes |= {f"{names}mlp.{which}_proj.weight": (inner, size) for which in ("gate", "up")}
-        shapes[f"{names}mlp.down_proj.weight"] = (size, inner)
-    shapes["model.norm.weight"] = (size,)
-    if head == "causal-lm" and not (config.shared_input_output_embedding or config.tie_word_embeddings):
-        shapes[LM_HEAD] = (vocab, size)
+    with torch.device("meta"):
+        model = CausalLM(config)
+    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    if head != "causal-lm":
+        shapes.pop(LM_HEAD, None)
     if head == "classifier":
-        shapes[SCORE] = (config.num_labels, size)
+        shapes[SCORE] = (config.num_labels, config.hidden_size)
     return shapes
 
 
