@@ -1,79 +1,163 @@
-"""What README and docs show is what happens: their Python runs, their commands run, their output is real."""
+"""What the pages show is what happens: every Markdown page is run, and output is compared line by line.
+
+In a ```python block the comments below a statement that prints are its output. In a ```console block a line that begins
+with "$ " is a command, and what follows is its output; "..." stands for what varies, such as a speed. Commands of this
+package and ``make demo`` are run. Of what takes minutes (training, benchmarks, other make targets) it is checked that
+the script or target and its options exist; no output may be shown for it.
+"""
 
 from __future__ import annotations
 
+import ast
+import doctest
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted(page.relative_to(ROOT).as_posix() for page in (ROOT / "README.md", *ROOT.glob("docs/*.md")))
-DEMO_FOLDER = "checkpoints/open-llama-tiny-native"
+PAGES = sorted(
+    page.relative_to(ROOT).as_posix()
+    for page in (*ROOT.glob("*.md"), *(p for p in ROOT.glob("*/*.md") if not p.parent.name.startswith(".")))
+)
+FOLDER = "checkpoints/open-llama-tiny-native"  # that ``make demo`` writes
 
 
-def blocks(page: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.S | re.M)
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
 
 
-def run(command: str, native: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command line of this package at the root, with the folder that ``make demo`` writes put elsewhere."""
-    words = shlex.split(command.replace(DEMO_FOLDER, str(native)))
-    assert Path(words[0]).name == "openllama", command
-    return subprocess.run(
-        [sys.executable, "-m", "openllama", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+def blocks(page: str) -> Iterator[tuple[str, str]]:
+    """Language and text of every block of a page."""
+    return iter(re.findall(r"^```(\w*)\n(.*?)^```$", text_of(page), re.S | re.M))
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
-    """The folder, the output and the messages of what ``make demo`` runs."""
-    listed = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    listed = listed.replace("\\\n", " ")
-    commands = [line for line in listed.splitlines() if "/openllama " in line]
-    assert len(commands) == 2
-    native = tmp_path_factory.mktemp("demo") / "native"
-    done = [run(command, native) for command in commands]
-    assert [one.returncode for one in done] == [0, 0], [one.stderr for one in done]
-    return native, done[1].stdout, done[1].stderr
+def assert_shown(shown: str, printed: str) -> None:
+    """Equal line by line, "..." standing for anything."""
+    same = doctest.OutputChecker().check_output(shown.strip() + "\n", printed.strip() + "\n", doctest.ELLIPSIS)
+    assert same, f"the page shows\n{shown}\nbut what is printed is\n{printed}"
+
+
+# --- Python ---
+
+
+def shown_in(block: str) -> str:
+    """The comments that directly follow statements which print."""
+    shown, printing = [], False
+    ends = {node.end_lineno: "print(" in ast.unparse(node) for node in ast.parse(block).body}
+    for number, line in enumerate(block.splitlines(), start=1):
+        if printing and line.startswith("# "):
+            shown.append(line[2:])
+        else:
+            printing = ends.get(number, False)
+    return "\n".join(shown)
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_python_blocks_run(page, monkeypatch, capsys):
+def test_python_blocks_run_and_print_what_is_shown(page, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     names: dict[str, object] = {}
-    for block in blocks(page, "python"):
-        exec(compile(block, page, "exec"), names)
-        out = capsys.readouterr().out
-        for shown in re.findall(r"^ *print\(.*\)\n# (.*)$", block, re.M):
-            assert shown in out
+    for language, block in blocks(page):
+        if language == "python":
+            exec(compile(block, page, "exec"), names)
+            assert_shown(shown_in(block), capsys.readouterr().out)
 
 
-def test_the_readme_shows_what_make_demo_prints(demo):
-    _, text, messages = demo
-    shown = next(block for block in blocks("README.md", "console") if "$ make demo" in block)
-    assert text.strip() in shown
-    assert re.search(r"\d+ tokens, [\d.]+ tokens/s, peak memory \d+ MiB", messages)
-    assert re.search(r"\d+ tokens, [\d.]+ tokens/s, peak memory \d+ MiB", shown)
+def test_comments_below_what_prints_are_taken_for_output_and_others_are_not():
+    assert shown_in("x = 1\n# a remark\nprint(x)\n# 1\n# 2\n\n# another\nprint(\n    x\n)\n# 3\n") == "1\n2\n3"
 
 
-def test_every_command_of_the_readme_runs_and_prints_what_is_shown(demo):
-    shown = [
-        session.split("\n", 1)
-        for block in blocks("README.md", "console")
-        for session in re.findall(r"^\$ (openllama .*?)(?=^\$|\Z)", block, re.S | re.M)
-    ]
-    assert sum(bool(output) for _, output in shown) >= 2
-    for command, output in shown:
-        done = run(command, demo[0])
-        assert done.returncode == 0, f"{command}: {done.stderr}"
-        assert not output or done.stdout.strip() == output.strip()
+# --- commands ---
 
 
-@pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md", "checkpoints/README.md", "benchmarks/README.md"])
+def sessions(page: str) -> list[tuple[str, str]]:
+    """Commands of a page, each with the output that is shown."""
+    found = []
+    for language, block in blocks(page):
+        if language == "console":
+            assert block.startswith("$ "), f"{page}: a console block begins with a command"
+            for session in re.split(r"^\$ ", block, flags=re.M)[1:]:
+                command, output = re.fullmatch(r"((?:[^\n]*\\\n)*[^\n]*)\n(.*)", session, re.S).groups()
+                found.append((command.replace("\\\n", " "), output))
+    return found
+
+
+SESSIONS = [(page, *session) for page in PAGES for session in sessions(page)]
+
+
+def openllama(command: str, folder: Path) -> str:
+    """Run a command of this package at the root; the folder that ``make demo`` writes is put elsewhere."""
+    words = shlex.split(command.replace(FOLDER, str(folder)))
+    done = subprocess.run(
+        [sys.executable, "-m", "openllama", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{command}: {done.stderr}"
+    return done.stdout.replace(str(folder), FOLDER)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder that ``make demo`` writes, and what it prints."""
+    listed = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    commands = [line for line in listed.replace("\\\n", " ").splitlines() if "/openllama " in line]
+    assert len(commands) == 2
+    folder = tmp_path_factory.mktemp("demo") / "native"
+    return folder, "".join(openllama(command, folder) for command in commands)
+
+
+@pytest.mark.parametrize(
+    ("page", "command", "shown"),
+    [session for session in SESSIONS if session[1].startswith(("openllama ", "make demo"))],
+)
+def test_a_command_prints_what_is_shown(demo, page, command, shown):
+    folder, printed = demo
+    assert_shown(shown, printed if command == "make demo" else openllama(command, folder))
+
+
+@pytest.mark.parametrize(
+    ("page", "command", "shown"),
+    [session for session in SESSIONS if not session[1].startswith(("openllama ", "make demo"))],
+)
+def test_a_command_that_takes_long_exists_with_its_options_and_shows_no_output(page, command, shown):
+    assert not shown.strip(), "what is not run shows no output"
+    words = [word for word in shlex.split(command) if "=" not in word or word.startswith("-")]
+    if words[0] == "make":
+        subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, capture_output=True, check=True)
+    elif words[0].endswith("python") and words[1].endswith(".py"):
+        done = subprocess.run(
+            [sys.executable, words[1], "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        assert [word for word in words[2:] if word.startswith("--") and word not in done.stdout] == []
+    else:
+        known = ("pip install ", "python -m venv ", "git clone ", "cd ", "source ", "peer/bin/pip install ")
+        assert command.startswith(known), f"{page}: who runs {command!r}?"
+
+
+def test_commands_stand_in_console_blocks():
+    for page in PAGES:
+        for language, block in blocks(page):
+            if language == "":
+                assert not re.search(r"^(\$|openllama|make|python|pip) ", block, re.M), f"{page}: {block}"
+
+
+def test_the_pages_show_real_output():
+    assert sum(bool(shown.strip()) for _, _, shown in SESSIONS) >= 4
+    assert {"README.md", "checkpoints/README.md"} <= {page for page, command, _ in SESSIONS if command == "make demo"}
+
+
+# --- links ---
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text(encoding="utf-8")):
-        assert ((ROOT / page).parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", text_of(page)):
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.M)
+            slugs = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert anchor in slugs, f"{target}#{anchor}"
