@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from openllama.attention import check_backend
 from openllama.checkpoint.convert import described
 from openllama.checkpoint.names import EMBEDDING, LM_HEAD, PREFIX, SCORE, Head, Weights, floating_dtype, select
-from openllama.checkpoint.reader import open_checkpoint
+from openllama.checkpoint.reader import aligned, open_checkpoint
 from openllama.checkpoint.writer import OURS, check_destination, finished_folder, write_weights
 from openllama.config import OpenLlamaConfig
 from openllama.errors import InputError
@@ -164,8 +164,9 @@ class PretrainedModel(nn.Module):
     ) -> Model:
         """The model stored in ``folder`` (or a file of weights), HF or native, in eval mode.
 
-        ``dtype`` (alias ``torch_dtype``): None keeps the files' own. Unless cast or moved, weights are
-        pages of the files, read when used; training changes private copies, never the files.
+        ``dtype`` (alias ``torch_dtype``): None keeps the files' own. Unless cast, moved or aligned (see
+        ``checkpoint.reader.aligned``), weights are pages of the files, read when used; training changes
+        private copies, never the files.
         ``config_overrides`` replace fields of config.json, ``config`` all of it.
 
         A folder of another head serves too: what is left over is warned of, and so is the one weight
@@ -218,6 +219,7 @@ class PretrainedModel(nn.Module):
                 tensor = tensor.clone()
             places.add(tensor.data_ptr())
             state[name] = tensor
+        state = aligned(state)
         if isinstance(getattr(self, "lm_head", None), nn.Module):
             state.setdefault(LM_HEAD, state[EMBEDDING])
         if weights.head == "classifier" and SCORE not in state:

@@ -73,6 +73,14 @@ def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
         torch.save(dict(tensors), path)
 
 
+def shift_data(path: Path, offset: int) -> None:
+    """Pad the header of a safetensors file so that its data begins at ``offset`` modulo 64."""
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = content[8:end] + b" " * ((offset - end) % 64)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[end:])
+
+
 def edit_index(folder: Path, change: Any) -> None:
     """Apply ``change`` to the weight map of the folder's index."""
     (index,) = folder.glob("*.index.json")

@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import os
-import pty
 import select
 import signal
 import subprocess
@@ -396,6 +395,7 @@ class Terminal:
     """``openllama chat`` in a terminal of its own."""
 
     def __init__(self, *arguments: object) -> None:
+        pty = pytest.importorskip("pty", reason="only Unix has terminals that a program can make")
         self.pid, self.screen = pty.fork()
         if self.pid == 0:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job may have inherited "ignore"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
-import resource
 import warnings
 from typing import Any
 
@@ -246,6 +245,7 @@ def test_every_floating_type_works_forwards_and_backwards(dtype: torch.dtype, ba
 
 
 def test_the_default_model_takes_no_memory_on_the_meta_device() -> None:
+    resource = pytest.importorskip("resource", reason="only Unix tells the peak of memory this way")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with torch.device("meta"):
         model = OpenLlamaModel(OpenLlamaConfig())

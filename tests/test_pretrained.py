@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from openllama import OpenLlamaConfig, OpenLlamaForCausalLM, OpenLlamaForSequenceClassification, OpenLlamaModel
-from openllama.checkpoint import convert, hf_to_native, verify
+from openllama.checkpoint import convert, hf_to_native, reader, verify
 from openllama.errors import (
     BackendError,
     CheckpointNotFoundError,
@@ -27,6 +27,7 @@ from tests.checkpoints import (
     assert_same_tensors,
     hf_weights,
     native_weights,
+    shift_data,
     tiny_config,
     write_checkpoint,
     write_file,
@@ -244,6 +245,46 @@ def test_weights_that_a_pickle_shares_train_apart(tmp_path: Path) -> None:
     with torch.no_grad():
         model.lm_head.weight.zero_()
     assert torch.equal(model.model.embedding.tokens.weight, weights["model.embed_tokens.weight"])
+
+
+def misaligned_checkpoint(folder: Path, offset: int) -> int:
+    """Write HF's safetensors with every tensor at ``offset`` modulo 64; the size of the model in bytes."""
+    config = tiny_config(hidden_size=32, intermediate_size=16, num_attention_heads=1)  # sizes are multiples of 64
+    write_checkpoint(folder, hf_weights(config), config, "safetensors shards")
+    for file in folder.glob("*.safetensors"):
+        shift_data(file, offset)
+    return sum(tensor.nbytes for tensor in native_weights(config).values())
+
+
+def offsets(model: torch.nn.Module) -> set[int]:
+    return {parameter.data_ptr() % 64 for parameter in model.parameters()}
+
+
+@pytest.mark.parametrize("offset", [1, 4, 8, 32])
+def test_misaligned_weights_are_copied_to_multiples_of_64_bytes(tmp_path: Path, offset: int) -> None:
+    misaligned_checkpoint(tmp_path, offset)
+    assert {tensor.data_ptr() % 64 for tensor in reader.open_checkpoint(tmp_path).tensors.values()} == {offset}
+    assert offsets(OpenLlamaForCausalLM.from_pretrained(tmp_path)) == {0}
+
+
+def test_misaligned_weights_stay_in_the_file_if_copies_would_take_too_much_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = misaligned_checkpoint(tmp_path, 8)
+    monkeypatch.setattr(reader, "MAX_ALIGNED_COPIES", size)
+    assert offsets(OpenLlamaForCausalLM.from_pretrained(tmp_path)) == {0}
+    monkeypatch.setattr(reader, "MAX_ALIGNED_COPIES", size - 1)
+    assert offsets(OpenLlamaForCausalLM.from_pretrained(tmp_path)) == {8}
+    cast = OpenLlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert offsets(cast) == {0}, "a cast is a copy in any case"
+
+
+def test_only_misaligned_tensors_are_copied() -> None:
+    numbers = torch.arange(64.0)
+    tensors = {"aligned": numbers, "at 64": numbers[16:], "at 4": numbers[1:], "at 32": numbers[8:]}
+    copies = reader.aligned(tensors)
+    assert_same_tensors(copies, tensors)
+    assert [name for name in tensors if copies[name] is not tensors[name]] == ["at 4", "at 32"]
 
 
 # ---- where models are saved

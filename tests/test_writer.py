@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import stat
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from openllama.checkpoint import writer
 from openllama.checkpoint.writer import (
+    CODES,
     OURS,
     check_destination,
     finished_folder,
@@ -77,6 +79,38 @@ def test_the_safetensors_library_reads_what_is_written(tmp_path: Path, tensors, 
         index = json.loads((folder / "model.safetensors.index.json").read_text())
         assert index["metadata"]["total_size"] == total
         assert index["weight_map"] == {name: file.name for file in files for name in load_file(file)}
+
+
+shapes = st.lists(st.integers(0, 9) | st.sampled_from((16, 24, 32, 64)), min_size=1, max_size=2)
+
+
+@examples(100)
+@given(
+    forms=st.lists(st.tuples(shapes, st.sampled_from(tuple(CODES))), min_size=1, max_size=8),
+    dtype=st.sampled_from((None, torch.float32, torch.bfloat16)),
+    limit=st.integers(1, 20_000),
+)
+def test_tensors_begin_at_multiples_of_64_bytes_where_sizes_allow(tmp_path: Path, forms, dtype, limit: int) -> None:
+    """Read by the format's definition: eight bytes of length, a header, tensors without gaps."""
+    folder = tmp_path / "x"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    tensors = {f"weight.{i}": torch.ones(shape).to(kind) for i, (shape, kind) in enumerate(forms)}
+    write_weights(folder, tensors, dtype=dtype, max_shard_size=limit)
+    for file in folder.glob("*.safetensors"):
+        content = file.read_bytes()
+        (length,) = struct.unpack("<Q", content[:8])
+        assert (8 + length) % 64 == 0
+        header = json.loads(content[8 : 8 + length])
+        del header["__metadata__"]
+        end = 0
+        for name, entry in header.items():
+            begin, previous, end = entry["data_offsets"][0], end, entry["data_offsets"][1]
+            assert begin == previous
+            assert begin % (dtype or tensors[name].dtype).itemsize == 0
+            if (end - begin) % 64 == 0:
+                assert begin % 64 == 0, f"{name}: {header}"
+        assert 8 + length + end == len(content)
 
 
 def test_copies_are_told_by_their_bits() -> None:

@@ -50,6 +50,8 @@ DTYPES = {  # safetensors' names of the types this package reads
     "BOOL": torch.bool,
 }  # fmt: skip
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
+ALIGNMENT = 64  # bytes; torch allocates tensors at multiples of it
+MAX_ALIGNED_COPIES = 2**30  # bytes; copies stay in memory, mapped pages can be given back
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,18 @@ def open_file(path: Path) -> dict[str, Tensor]:
     if start.startswith(b"\x80"):
         return _plain_tensors(_load_legacy(path), path)
     raise CorruptCheckpointError(f"{path} is not a file that torch.save wrote; copy or download it again")
+
+
+def aligned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, each beginning at a multiple of ``ALIGNMENT`` bytes; those that do not are copied.
+
+    Some processors round a matrix product by the alignment of the weights. If the copies would take
+    more than ``MAX_ALIGNED_COPIES`` bytes together, every tensor stays as it is.
+    """
+    misaligned = {name: tensor for name, tensor in tensors.items() if tensor.data_ptr() % ALIGNMENT}
+    if sum(tensor.nbytes for tensor in misaligned.values()) > MAX_ALIGNED_COPIES:
+        return dict(tensors)
+    return {**tensors, **{name: tensor.clone() for name, tensor in misaligned.items()}}
 
 
 def _format_of(path: Path) -> Format:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import secrets
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from openllama.checkpoint.reader import DTYPES, SAFETENSORS_FILE, SAFETENSORS_INDEX, open_file
+from openllama.checkpoint.reader import ALIGNMENT, DTYPES, SAFETENSORS_FILE, SAFETENSORS_INDEX, open_file
 from openllama.config import CONFIG_FILE
 from openllama.errors import CheckpointError, CorruptCheckpointError, DestinationExistsError, InputError
 
@@ -99,8 +100,9 @@ def pieces(tensor: Tensor, dtype: torch.dtype | None = None) -> Iterator[Tensor]
 
 def _write_file(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, tick: Tick) -> None:
     """One safetensors file, on the disk when this returns."""
-    # The widest types first, so that each tensor begins at a multiple of its own element size.
-    names = sorted(tensors, key=lambda name: -(dtype or tensors[name].dtype).itemsize)
+    # Tensors follow each other without gaps. In this order each begins at a multiple of the greatest power of two
+    # in its own size, up to ALIGNMENT: thus always at a multiple of its element size.
+    names = sorted(tensors, key=lambda name: -math.gcd(_size(tensors[name], dtype), ALIGNMENT))
     with path.open("wb") as file:
         file.write(_header({name: tensors[name] for name in names}, dtype))
         for name in names:
@@ -114,7 +116,7 @@ def _write_file(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | 
 
 
 def _header(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> bytes:
-    """What precedes the numbers: the header's length, the header, spaces up to a multiple of 8."""
+    """What precedes the numbers: the header's length, the header, spaces up to a multiple of ``ALIGNMENT``."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
@@ -122,7 +124,7 @@ def _header(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> bytes:
         code = CODES[dtype or tensor.dtype]
         entries[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
     return struct.pack("<Q", len(text)) + text
 
 

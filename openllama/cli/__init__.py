@@ -1,12 +1,14 @@
 """The command line: ``openllama convert | inspect | verify | generate | chat``, also ``python -m openllama``.
 
-Text goes to stdout, everything about it to stderr. A refusal is one line and exit code 1; ``--debug``
-shows where it came from.
+Text goes to stdout, everything about it to stderr. Input and output are UTF-8 on every system. A refusal
+is one line and exit code 1; ``--debug`` shows where it came from.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import sys
 import warnings
 from collections.abc import Sequence
@@ -14,12 +16,14 @@ from typing import Any
 
 from openllama import __version__
 from openllama.cli import chat, checkpoints, generate
+from openllama.cli.common import TEXT
 from openllama.errors import OpenLlamaError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     options = _parser().parse_args(arguments)
+    _use_utf8()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning  # type: ignore[assignment]
@@ -36,6 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"openllama: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _use_utf8() -> None:
+    """Read and write UTF-8 instead of the locale's encoding, which has no Chinese in a pipe on Windows."""
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            with contextlib.suppress(io.UnsupportedOperation):  # a stream that was read from keeps its encoding
+                stream.reconfigure(**TEXT)
 
 
 def _show_warning(message: Warning | str, *where: Any) -> None:

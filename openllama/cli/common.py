@@ -18,6 +18,7 @@ from openllama.tokenizer import OpenLlamaTokenizer
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
+TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}  # the tokenizer says which byte is wrong
 DTYPES = ("float32", "bfloat16", "float16")
 SAMPLING = {"temperature": 0.8, "top_k": 0, "top_p": 0.95}  # unless told otherwise
 

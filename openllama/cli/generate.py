@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,14 +16,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from openllama.cli.common import Commands, add_generation_options, add_model_options, generation_arguments, load
+from openllama.cli.common import TEXT, Commands, add_generation_options, add_model_options, generation_arguments, load
 from openllama.errors import InputError
 from openllama.generation import GenerationConfig
 from openllama.generation.text import decoded, stop_at, until
 from openllama.interface import OpenLlamaForCausalLM
 from openllama.tokenizer import OpenLlamaTokenizer
-
-TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}  # the tokenizer says which byte is wrong
 
 
 def add_commands(commands: Commands) -> None:
@@ -55,7 +52,7 @@ def _generate(options: argparse.Namespace) -> None:
     else:
         count = sum(_print_continuation(model, tokenizer, prompt, arguments, options.stop) for prompt in prompts)
     speed = count / (time.perf_counter() - start)
-    print(f"{count} tokens, {speed:.1f} tokens/s, peak memory {_peak_memory(model.device)}", file=sys.stderr)
+    print(f"{count} tokens, {speed:.1f} tokens/s{_peak_memory(model.device)}", file=sys.stderr)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -194,6 +191,13 @@ def _no_json(constant: str) -> None:
 
 
 def _peak_memory(device: torch.device) -> str:
+    """The end of the report, as ", peak memory 328 MiB"; empty where the system does not tell (Windows)."""
     if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 2**20:.0f} MiB of {torch.cuda.get_device_name(device)}"
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f} MiB"
+        peak = torch.cuda.max_memory_allocated(device)
+        return f", peak memory {peak / 2**20:.0f} MiB of {torch.cuda.get_device_name(device)}"
+    try:
+        import resource
+    except ImportError:
+        return ""
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB elsewhere
+    return f", peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20:.0f} MiB"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from openllama import OpenLlamaConfig, OpenLlamaForCausalLM, OpenLlamaForSequenceClassification, OpenLlamaModel
 from openllama.checkpoint import convert, native_to_hf, open_checkpoint, verify
-from tests.checkpoints import assert_same_tensors
+from tests.checkpoints import assert_same_tensors, shift_data
 from tests.draw import examples
 from tests.oracle import compared, transformers
 from tests.parity.draws import configs, hf_model, randomise_norms, seeds
@@ -82,6 +82,28 @@ def test_what_hf_saves_converts_bit_for_bit(
     stored = open_checkpoint(folder / "native").tensors
     assert_same_tensors(stored, {name: expected[name] for name in stored})
     compared["conversion: HF's files, bit for bit"] += 1
+
+
+@examples(40)
+@given(config=configs(), offset=st.sampled_from((4, 8, 12, 20, 40)), rows=st.integers(1, 3), seed=seeds)
+def test_every_file_gives_hf_s_bits_wherever_its_data_begins(
+    tmp_path_factory: pytest.TempPathFactory, config: OpenLlamaConfig, offset: int, rows: int, seed: int
+) -> None:
+    """A prompt of one token makes products of a matrix and a vector, which depend on alignment most often."""
+    folder = tmp_path_factory.mktemp("hf")
+    hf = hf_model(config, seed)
+    hf.save_pretrained(folder / "bin", safe_serialization=False)
+    hf.save_pretrained(folder / "safetensors", safe_serialization=True)
+    shift_data(folder / "safetensors" / "model.safetensors", offset)
+    convert(folder / "safetensors", folder / "native", progress=False)
+    prompts = [torch.randint(config.vocab_size, shape) for shape in ((rows, 5), (1, 1))]
+    for source in ("bin", "safetensors", "native"):
+        model = OpenLlamaForCausalLM.from_pretrained(folder / source, attn_implementation="eager")
+        for ids in prompts:
+            assert all(map(torch.equal, hidden_states(model, ids), hidden_states(hf, ids))), source
+            if not config.shared_input_output_embedding:  # HF computes a shared head another way
+                assert torch.equal(model(ids).logits, hf(ids).logits), source
+    compared["conversion: files with misaligned data, bit for bit"] += 1
 
 
 @examples(40)
