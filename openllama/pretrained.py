@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from openllama.attention import check_backend
-from openllama.checkpoint.convert import described
 from openllama.checkpoint.names import EMBEDDING, LM_HEAD, PREFIX, SCORE, Head, Weights, floating_dtype, select
 from openllama.checkpoint.reader import aligned, open_checkpoint
 from openllama.checkpoint.writer import OURS, check_destination, finished_folder, write_weights
@@ -198,7 +197,7 @@ class PretrainedModel(nn.Module):
         check_destination(Path(folder), overwrite)
         weights = select(self.state_dict(), self.config, self._head)
         with finished_folder(Path(folder), OURS) as unfinished:
-            described(self.config, weights.head, weights.dtype).save_pretrained(unfinished)
+            weights.described_by(self.config).save_pretrained(unfinished)
             if hasattr(self, "generation_config"):
                 self.generation_config.save_pretrained(unfinished)
             write_weights(unfinished, weights.named_as_found(), max_shard_size=max_shard_size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from os import PathLike
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from openllama.checkpoint.names import Head, floating_dtype, select
+from openllama.checkpoint.names import floating_dtype, select
 from openllama.checkpoint.reader import open_checkpoint
 from openllama.checkpoint.writer import OURS, check_destination, finished_folder, write_weights
 from openllama.config import CONFIG_FILE, OpenLlamaConfig
@@ -23,11 +22,6 @@ COPIED = (
     "added_tokens.json",
     "generation_config.json",
 )
-ARCHITECTURES: dict[Head, str] = {
-    "body": "OpenLlamaModel",
-    "causal-lm": "OpenLlamaForCausalLM",
-    "classifier": "OpenLlamaForSequenceClassification",
-}
 
 
 def convert(
@@ -58,17 +52,11 @@ def convert(
         finished_folder(dst, (*OURS, *COPIED)) as folder,
         tqdm(total=2 * total, unit="B", unit_scale=True, desc="write, compare", disable=not progress) as bar,
     ):
-        described(source.config, weights.head, dtype or weights.dtype).save_pretrained(folder)
+        weights.described_by(source.config, dtype).save_pretrained(folder)
         for name in COPIED:
             if (source.folder / name).is_file():
                 shutil.copyfile(source.folder / name, folder / name)
         write_weights(folder, tensors, dtype=dtype, max_shard_size=max_shard_size, tick=bar.update)
-
-
-def described(config: OpenLlamaConfig, head: Head, dtype: torch.dtype) -> OpenLlamaConfig:
-    """The configuration with what config.json says about the weights beside it."""
-    about = {"architectures": [ARCHITECTURES[head]], "torch_dtype": str(dtype).removeprefix("torch.")}
-    return dataclasses.replace(config, extra={**config.extra, **about})
 
 
 def _check_places(src: Path, dst: Path, overwrite: bool) -> None:

@@ -48,6 +48,11 @@ NATIVE_TO_HF = {native: hf for hf, native in HF_TO_NATIVE.items()}
 INV_FREQ = "model.layers.N.self_attn.rotary_emb.inv_freq"  # HF's, derived
 EMBEDDING, LM_HEAD, SCORE = "model.embedding.tokens.weight", "lm_head.weight", "score.weight"
 HEADS = (LM_HEAD, SCORE)
+ARCHITECTURES: dict[Head, str] = {
+    "body": "OpenLlamaModel",
+    "causal-lm": "OpenLlamaForCausalLM",
+    "classifier": "OpenLlamaForSequenceClassification",
+}
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _TO_NATIVE = {"hf": HF_TO_NATIVE, "native": {name: name for name in NATIVE_TO_HF}}
 _LAYER_NUMBER = re.compile(r"(?<=^model\.layers\.)(0|[1-9]\d*)(?=\.)")
@@ -99,6 +104,12 @@ class Weights:
     def dtype(self) -> torch.dtype:
         """The type of all, or the narrowest that holds each without rounding."""
         return reduce(torch.promote_types, {tensor.dtype for tensor in self.tensors.values()})
+
+    def described_by(self, config: OpenLlamaConfig, dtype: torch.dtype | None = None) -> OpenLlamaConfig:
+        """``config`` with what config.json says about the weights beside it; ``dtype``: that they are cast to."""
+        name = str(dtype or self.dtype).removeprefix("torch.")
+        about = {"architectures": [ARCHITECTURES[self.head]], "torch_dtype": name}
+        return dataclasses.replace(config, extra={**config.extra, **about})
 
 
 def floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
