@@ -76,12 +76,10 @@ class OpenLlamaModel(PretrainedModel, Decoder):
         from the cache. Arguments left None take the config's value. Attentions come from the eager
         backend, whatever the model's own is. Raises ``InputError``.
         """
-        if isinstance(input_ids, Inputs):
-            return BaseModelOutput(*super().forward(input_ids))
         tensors = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
         inputs = self.checked(*tensors, use_cache, output_attentions, output_hidden_states)
         output = BaseModelOutput(*super().forward(inputs))
-        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+        return output if self._wants_dict(input_ids, return_dict) else output.to_tuple()
 
     if TYPE_CHECKING:
         __call__ = forward  # nn.Module has Any
@@ -93,7 +91,7 @@ class OpenLlamaModel(PretrainedModel, Decoder):
 
     def checked(
         self,
-        input_ids: Tensor | None,
+        input_ids: Tensor | Inputs | None,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         past_key_values: Cache | Sequence[KeyValue] | None,
@@ -102,12 +100,19 @@ class OpenLlamaModel(PretrainedModel, Decoder):
         output_attentions: bool | None,
         output_hidden_states: bool | None,
     ) -> Inputs:
-        """The arguments of a forward pass, checked and completed from the config; raises ``InputError``."""
+        """The arguments of a forward pass, checked and completed from the config; raises ``InputError``.
+
+        ``Inputs`` have been checked before, and hold everything.
+        """
+        tensors = (attention_mask, position_ids, past_key_values, inputs_embeds)
+        if isinstance(input_ids, Inputs):
+            if any(value is not None for value in (*tensors, use_cache, output_attentions, output_hidden_states)):
+                raise InputError("Inputs hold all arguments of a forward pass; give nothing beside them")
+            return input_ids
         config = self.config
-        tensors = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
         attentions = config.output_attentions if output_attentions is None else output_attentions
         use_cache = self._use_cache(use_cache, past_key_values)
-        return checked_inputs(config, self.dtype, *tensors)._replace(
+        return checked_inputs(config, self.dtype, input_ids, *tensors)._replace(
             backend="eager" if attentions else self.attn_implementation,
             use_cache=use_cache,
             output_attentions=attentions,
@@ -177,16 +182,13 @@ class OpenLlamaForCausalLM(PretrainedModel, CausalLM):
         Labels are shifted inside: the logits at t are scored against the label at t + 1, and -100 is
         ignored. ``logits_to_keep`` computes logits for the last positions only; 0 means all.
         """
-        if isinstance(input_ids, Inputs):
-            inputs, return_dict = input_ids, True
-        else:
-            self._check_labels(input_ids, inputs_embeds, labels, logits_to_keep)
-            tensors = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
-            inputs = self.model.checked(*tensors, use_cache, output_attentions, output_hidden_states)
+        tensors = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        inputs = self.model.checked(*tensors, use_cache, output_attentions, output_hidden_states)
+        self._check_labels(inputs.tokens, labels, logits_to_keep)
         logits, body = super().forward(inputs, logits_to_keep)
         loss = None if labels is None else causal_lm_loss(logits, labels)
         output = CausalLMOutput(loss, logits, body.past_key_values, body.hidden_states, body.attentions)
-        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+        return output if self._wants_dict(input_ids, return_dict) else output.to_tuple()
 
     if TYPE_CHECKING:
         __call__ = forward  # nn.Module has Any
@@ -198,7 +200,9 @@ class OpenLlamaForCausalLM(PretrainedModel, CausalLM):
         on ``lm_head`` do not fire. A head that is more than a matrix gets all its logits.
         """
         check_tensor("labels", labels)
-        self._check_labels(input_ids, arguments.get("inputs_embeds"), labels, 0)
+        given = arguments.get("inputs_embeds") if input_ids is None else input_ids
+        if isinstance(given, Tensor):
+            self._check_labels(given, labels, 0)
         hidden = self.model(input_ids, **{"use_cache": False, **arguments, "return_dict": True}).last_hidden_state
         head = self.get_output_embeddings()
         if type(head) not in (nn.Linear, nn.Embedding) or getattr(head, "bias", None) is not None:
@@ -237,18 +241,14 @@ class OpenLlamaForCausalLM(PretrainedModel, CausalLM):
             "use_cache": kwargs.get("use_cache"),
         }
 
-    def _check_labels(
-        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, labels: Tensor | None, logits_to_keep: int
-    ) -> None:
+    def _check_labels(self, tokens: Tensor, labels: Tensor | None, logits_to_keep: int) -> None:
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
             raise InputError(f"logits_to_keep must be a number of positions, 0 or more, got {logits_to_keep!r}")
         if labels is None:
             return
         if logits_to_keep:
             raise InputError(f"a loss needs all logits; pass labels or logits_to_keep={logits_to_keep}, not both")
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        if isinstance(given, Tensor):
-            check_labels(labels, given.shape[:2], self.config.vocab_size)
+        check_labels(labels, tokens.shape[:2], self.config.vocab_size)
 
     def get_output_embeddings(self) -> nn.Embedding | nn.Linear:
         """The module whose weight (V, C) makes the logits: the embedding table where it is shared."""
@@ -332,7 +332,7 @@ class OpenLlamaForSequenceClassification(PretrainedModel):
         logits = scores[torch.arange(len(scores), device=scores.device), last]
         loss = None if labels is None else classification_loss(logits, labels, problem_type)
         output = SequenceClassifierOutput(loss, logits, body.past_key_values, body.hidden_states, body.attentions)
-        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+        return output if self._wants_dict(input_ids, return_dict) else output.to_tuple()
 
     if TYPE_CHECKING:
         __call__ = forward  # nn.Module has Any

@@ -19,7 +19,7 @@ from openllama.checkpoint.writer import OURS, check_destination, finished_folder
 from openllama.config import OpenLlamaConfig
 from openllama.errors import InputError
 from openllama.generation.config import GENERATION_CONFIG_FILE, GenerationConfig
-from openllama.model import StableEmbedding
+from openllama.model import Inputs, StableEmbedding
 from openllama.surgery import check_resizable, check_special_ids, resize_vocabulary
 
 Model = TypeVar("Model", bound="PretrainedModel")
@@ -201,6 +201,10 @@ class PretrainedModel(nn.Module):
             if hasattr(self, "generation_config"):
                 self.generation_config.save_pretrained(unfinished)
             write_weights(unfinished, weights.named_as_found(), max_shard_size=max_shard_size)
+
+    def _wants_dict(self, input_ids: Tensor | Inputs | None, return_dict: bool | None) -> bool:
+        """Whether a forward pass returns an output by names; else a tuple, except to those who gave ``Inputs``."""
+        return isinstance(input_ids, Inputs) or (self.config.return_dict if return_dict is None else return_dict)
 
     @property
     def _head(self) -> Head:

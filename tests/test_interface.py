@@ -14,6 +14,7 @@ from torch import Tensor
 
 from openllama import OpenLlamaConfig, OpenLlamaForCausalLM, OpenLlamaForSequenceClassification, OpenLlamaModel
 from openllama.errors import InputError
+from openllama.model import Inputs
 from tests.draw import examples
 from tests.parity.draws import Batch, batches, configs, in_float64, length_of, randomise_norms, seeds
 from tests.tiny import tiny_config, tiny_ids, tiny_model
@@ -164,6 +165,27 @@ def test_a_tuple_is_the_output_in_order(kind: Any) -> None:
     assert isinstance(model(tiny_ids()), tuple)
     assert len(model(tiny_ids())) == 1
     assert model(tiny_ids(), return_dict=True).keys() in (["logits"], ["last_hidden_state"])
+
+
+# --- arguments that have been checked ---
+
+
+def test_inputs_go_through_unchecked_and_give_the_same() -> None:
+    model, mask = tiny_model(), torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
+    expected = model(tiny_ids(), attention_mask=mask, output_hidden_states=True)
+    inputs = Inputs(tiny_ids(), mask=mask, output_hidden_states=True)
+    for found in (model(inputs), model(inputs, logits_to_keep=0)):
+        torch.testing.assert_close(found.to_tuple(), expected.to_tuple(), rtol=0, atol=0)
+    assert torch.equal(model.model(inputs).last_hidden_state, expected.hidden_states[-1])
+    model.config = dataclasses.replace(model.config, return_dict=False)
+    assert torch.equal(model(inputs).logits, expected.logits)
+
+
+@pytest.mark.parametrize("kind", [OpenLlamaModel, OpenLlamaForCausalLM])
+@pytest.mark.parametrize("name", ["attention_mask", "past_key_values", "use_cache", "output_attentions"])
+def test_arguments_beside_inputs_would_be_ignored_and_are_refused(kind: Any, name: str) -> None:
+    with pytest.raises(InputError, match="Inputs hold all arguments"):
+        tiny_model(kind)(Inputs(tiny_ids()), **{name: torch.ones(2, 7)})
 
 
 # --- classification ---
