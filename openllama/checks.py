@@ -1,7 +1,7 @@
 """What a forward pass may be given: a call from outside is checked here, once, and what comes out is trusted.
 
-Looking at values costs a synchronisation on a GPU and is impossible while torch traces and on the meta
-device, so these checks step aside there; shapes are always checked.
+Shapes and types are always checked. Values are checked where there are any: not while torch traces, and not on the meta
+device. On a GPU each check of values waits for the device.
 """
 
 from __future__ import annotations
