@@ -12,7 +12,7 @@ import torch
 from openllama import OpenLlamaForCausalLM
 from openllama.cache import PreallocatedCache
 from openllama.errors import InputError
-from openllama.generation.loop import pick
+from openllama.generation.sampling import pick
 from tests.generating import CONFIG, count_forwards, make_model
 
 

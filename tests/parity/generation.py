@@ -52,7 +52,7 @@ def prompts(draw: st.DrawFn, config: OpenLlamaConfig, rows: Sequence[int] = (1, 
 
 lengths = st.sampled_from(({"max_new_tokens": 12}, {"max_length": 20}))
 
-warpings = st.fixed_dictionaries(
+filterings = st.fixed_dictionaries(
     {},
     optional={
         "temperature": st.floats(0.2, 3.0),
