@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class GenerationSettings(TypedDict, total=False):
     num_beams: int
     num_beam_groups: int
     diversity_penalty: float | None
-    early_stopping: bool | str
+    early_stopping: bool | Literal["never"]
     length_penalty: float
     penalty_alpha: float | None
     prompt_lookup_num_tokens: int | None

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from openllama.config import (
     OpenLlamaConfig,
@@ -94,7 +94,7 @@ class GenerationConfig(Settings):
     diversity_penalty: float | None = setting(0.0, optional(number("[0, inf)", off("0.0"))))  # per beam that took it
     # once num_beams sequences have ended, beam search stops: True: at once; "never": when no other can become better;
     # False: when no other is better now
-    early_stopping: bool | str = setting(False, one_of(True, False, "never"))
+    early_stopping: bool | Literal["never"] = setting(False, one_of(True, False, "never"))
     length_penalty: float = setting(1.0, number(hint=off("0.0")))  # beams: score / length ** this; above 0: longer
     penalty_alpha: float | None = setting(None, optional(number("[0, 1]", off("None"))))  # of contrastive search
     prompt_lookup_num_tokens: int | None = setting(None, optional(integer(1)))  # tokens guessed from the ids so far

@@ -22,7 +22,7 @@ from tests.parity.generation import (
     prompts,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:a sequence of more than")
+pytestmark = pytest.mark.filterwarnings("ignore:a sequence of more than", "ignore:min_new_tokens")
 
 SCORES = {"return_dict_in_generate": True, "output_scores": True}
 varied: list[bool] = []
