@@ -19,12 +19,18 @@ from openllama.cache import Cache, KeyValue
 from openllama.checks import check_classification_labels, check_labels, check_tensor, checked_inputs, values_of
 from openllama.config import OpenLlamaConfig
 from openllama.errors import InputError
-from openllama.generation import GenerationConfig
+from openllama.generation import GenerateOutput, GenerationConfig
+from openllama.generation.outputs import Streamer
+from openllama.generation.state import prepare_inputs_for_generation
 from openllama.losses import causal_lm_loss, chunked_causal_lm_loss, classification_loss
-from openllama.masks import positions_from_mask
 from openllama.model import CausalLM, Decoder, Inputs, init_weights
 from openllama.outputs import BaseModelOutput, CausalLMOutput, SequenceClassifierOutput
 from openllama.pretrained import PretrainedModel
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from openllama.generation.arguments import Arguments
 
 
 class OpenLlamaModel(PretrainedModel, Decoder):
@@ -209,37 +215,46 @@ class OpenLlamaForCausalLM(PretrainedModel, CausalLM):
             return causal_lm_loss(self.project(hidden), labels)
         return chunked_causal_lm_loss(hidden, labels, head.weight)
 
-    def generate(self, input_ids: Tensor | None = None, **arguments: Any) -> Any:
+    @overload
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        streamer: Streamer | None = None,
+        return_dict_in_generate: Literal[False] = False,
+        **arguments: Unpack[Arguments],
+    ) -> Tensor: ...
+    @overload
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        streamer: Streamer | None = None,
+        return_dict_in_generate: Literal[True],
+        **arguments: Unpack[Arguments],
+    ) -> GenerateOutput: ...
+    @overload
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        streamer: Streamer | None = None,
+        return_dict_in_generate: bool,
+        **arguments: Unpack[Arguments],
+    ) -> Tensor | GenerateOutput: ...
+
+    def generate(self, input_ids: Tensor | None = None, **arguments: Any) -> Tensor | GenerateOutput:
         """Continue ``input_ids`` (B, L) and return all ids; see ``openllama.generation.prepare`` for arguments.
 
         A tensor, or with ``return_dict_in_generate=True`` a ``GenerateOutput``.
         """
         return generation.generate(self, input_ids, **arguments)
 
-    def stream(self, input_ids: Tensor | None = None, **arguments: Any) -> Iterator[Tensor]:
+    def stream(self, input_ids: Tensor | None = None, **arguments: Unpack[Arguments]) -> Iterator[Tensor]:
         """Continue ``input_ids`` (B, L) and yield the new tokens one by one, each (B,), as they are made."""
         return generation.stream(self, input_ids, **arguments)
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        past_key_values: Cache | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Arguments of the next forward pass: what the cache does not hold, at positions that skip padding."""
-        width = (input_ids if attention_mask is None else attention_mask).shape[1]
-        new = width - (past_key_values.get_seq_length() if past_key_values else 0)
-        tokens = {"input_ids": input_ids[:, -new:]} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
-        positions = None if attention_mask is None else positions_from_mask(attention_mask)[:, -new:]
-        return {
-            **tokens,
-            "attention_mask": attention_mask,
-            "position_ids": positions,
-            "past_key_values": past_key_values,
-            "use_cache": kwargs.get("use_cache"),
-        }
+    prepare_inputs_for_generation = prepare_inputs_for_generation  # a method, which adapters replace
 
     def _check_labels(self, tokens: Tensor, labels: Tensor | None, logits_to_keep: int) -> None:
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:

@@ -1,4 +1,4 @@
-"""A small model whose greedy text does not repeat one token, and a way to count its forward passes."""
+"""A small model whose greedy continuation does not repeat one token, and a way to count its forward passes."""
 
 from __future__ import annotations
 
@@ -28,4 +28,4 @@ def make_model(seed: int = 1, **fields: Any) -> OpenLlamaForCausalLM:
 
 def count_forwards(model: OpenLlamaForCausalLM, calls: list[int]) -> torch.utils.hooks.RemovableHandle:
     """Append the number of tokens of each forward pass to ``calls``."""
-    return model.model.register_forward_pre_hook(lambda module, args: calls.append(args[0].shape[1]))
+    return model.model.register_forward_pre_hook(lambda module, args: calls.append(args[0].tokens.shape[1]))

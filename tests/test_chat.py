@@ -161,7 +161,7 @@ def test_what_an_interrupted_answer_guessed_ahead_is_not_remembered(tokenizer, g
         ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences"),
         ({"penalty_alpha": 0.6, "top_k": 4}, "past_key_values"),
         ({"suppress_tokens": [99999]}, "99999"),
-        ({"min_new_tokens": 50}, "min_new_tokens 50"),
+        ({"min_length": 50}, "min_length 50"),
     ],
 )
 def test_settings_that_cannot_serve_a_conversation_are_refused_at_once(tokenizer, settings, message):

@@ -271,7 +271,7 @@ def test_a_text_ends_before_a_stop_string(capsys, folder, tmp_path, way):
         (["--output", "x"], "--output belongs to --jsonl"),
         (["--on-error", "skip"], "--on-error belongs to --jsonl"),
         (["--prompt", ""], "empty"),
-        (["--set", "do_sample=no"], "do_sample must be True or False, got 'no'"),
+        (["--set", "do_sample=no"], "do_sample must be true or false, got 'no'"),
         (["--set", "eos_token_id=abc"], "eos_token_id"),
         (["--assistant", "nowhere"], "nowhere"),
         (["--set", "num_beam=3"], "num_beam"),
@@ -323,7 +323,7 @@ def test_a_refusal_leaves_an_output_file_as_it_was(capsys, folder, tmp_path):
     (tmp_path / "out").write_text("precious")
     refused = [
         ("--jsonl", lines),
-        ("--jsonl", write_lines(tmp_path / "in 2", {"prompt": "x"}), "--set", "min_new_tokens=999"),
+        ("--jsonl", write_lines(tmp_path / "in 2", {"prompt": "x"}), "--set", "min_length=999"),
     ]
     for words in refused:
         assert run(capsys, "generate", folder, *words, "--output", tmp_path / "out")[0] == 1

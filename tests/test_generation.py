@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from openllama import OpenLlamaForCausalLM
-from openllama.cache import PreallocatedCache
+from openllama.cache import GrowingCache, PreallocatedCache
 from openllama.errors import InputError
-from openllama.generation.loop import pick
+from openllama.generation.sampling import pick
 from tests.generating import CONFIG, count_forwards, make_model
 
 
@@ -164,7 +165,7 @@ def test_a_streamer_gets_the_prompt_then_each_token_then_the_end(model, prompt):
     assert recorder.ended == 1
 
 
-def test_a_callers_processor_is_applied_before_the_warpers(model, prompt):
+def test_a_callers_processor_is_applied_before_the_sampling_filters(model, prompt):
     seen = []
 
     def only_token_seven(input_ids, scores):
@@ -199,10 +200,10 @@ def allocations(step: Callable[[], object]) -> list[int]:
 
 
 WIDE = dataclasses.replace(CONFIG, hidden_size=128, num_attention_heads=2, eos_token_id=None)
-LONG = 400  # tokens; a layer's keys of one text are then 205 kB
+LONG = 400  # tokens; a layer's keys of one sequence are then 205 kB
 
 
-def test_in_a_steady_state_a_step_allocates_the_same_but_for_the_masks_bytes():
+def test_in_a_steady_state_a_step_allocates_the_same_but_for_a_few_bytes():
     model = OpenLlamaForCausalLM(WIDE, attn_implementation="sdpa").eval()
     prompt = torch.full((1, LONG), 5)
     whole = allocations(lambda: list(model.stream(prompt, max_new_tokens=1)))
@@ -213,18 +214,119 @@ def test_in_a_steady_state_a_step_allocates_the_same_but_for_the_masks_bytes():
     assert {len(step) for step in sizes} == {len(sizes[0])}
     assert len(sizes[0]) > 50
     grown = [sum(later) - sum(earlier) for earlier, later in itertools.pairwise(sizes)]
-    assert max(grown) < 64, "the padding mask is read: some bytes for a token, whose keys and values take 2 kB"
+    assert max(grown) < 16, "a kernel's row of scores grows, by some bytes; a token's keys and values take 2 kB"
 
 
-@pytest.mark.parametrize("backend", ["eager", "sdpa"])
-def test_no_step_allocates_a_tensor_of_the_size_of_a_layer_s_keys(backend):
+def largest_allocation(backend: str, past: PreallocatedCache | None = None) -> int:
+    """In bytes, of seven steps for three sequences, one of them left-padded, after the first step."""
     model = OpenLlamaForCausalLM(WIDE, attn_implementation=backend).eval()
     mask = torch.ones(3, LONG, dtype=torch.long)
     mask[0, :200] = 0
-    steps = model.stream(torch.full((3, LONG), 5), attention_mask=mask, max_new_tokens=9)
+    ids = torch.full((3, LONG), 5)
+    steps = model.stream(ids, attention_mask=mask, past_key_values=past, max_new_tokens=9)
     next(steps)
-    keys = 3 * LONG * WIDE.hidden_size * 4
-    assert max(size for _ in range(7) for size in allocations(lambda: next(steps))) < keys / 20
+    return max(size for _ in range(7) for size in allocations(lambda: next(steps)))
+
+
+KEYS = 3 * LONG * WIDE.hidden_size * 4  # bytes of the keys of a layer
+
+
+def test_no_step_allocates_a_tensor_of_the_size_of_a_layer_s_keys():
+    assert largest_allocation("sdpa") < KEYS / 20
+
+
+def test_under_eager_the_cache_grows_by_copies_unless_the_caller_gives_one_with_room():
+    """Copies have transformers' memory layout, and so its bits."""
+    assert KEYS < largest_allocation("eager") < 1.1 * KEYS
+    assert largest_allocation("eager", PreallocatedCache(WIDE, 3, LONG + 9)) < KEYS / 20
+
+
+@pytest.mark.parametrize("attentions", [False, True])
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_the_cache_and_the_logits_of_the_prompt_are_what_the_backend_of_the_pass_needs(prompt, backend, attentions):
+    model = make_model()
+    model.set_attn_implementation(backend)
+    positions: list[int] = []
+    project = model.project
+    model.project = lambda hidden: (positions.append(hidden.shape[1]), project(hidden))[1]
+    output = model.generate(prompt, max_new_tokens=3, output_attentions=attentions, return_dict_in_generate=True)
+    eager = backend == "eager" or attentions
+    assert isinstance(output.past_key_values, GrowingCache if eager else PreallocatedCache)
+    assert positions == ([4, 1, 1] if eager else [1, 1, 1])
+
+
+# --- inputs that somebody else prepares -------------------------------------------------------------
+
+
+def with_prefix(model: OpenLlamaForCausalLM, prefix: torch.Tensor) -> None:
+    """Put vectors (1, P, C) before every prompt by replacing a method, as prompt tuning does."""
+    original = model.prepare_inputs_for_generation
+
+    def prepare_inputs(ids: torch.Tensor, **arguments: Any) -> dict[str, Any]:
+        inputs = original(ids, **arguments)
+        ones = inputs["attention_mask"].new_ones(len(ids), prefix.shape[1])
+        inputs["attention_mask"] = torch.cat((ones, inputs["attention_mask"]), dim=1)
+        inputs["position_ids"] = None
+        if inputs["past_key_values"] is None:
+            embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
+            inputs["inputs_embeds"] = torch.cat((prefix.expand(len(ids), -1, -1), embeds), dim=1)
+        return inputs
+
+    model.prepare_inputs_for_generation = prepare_inputs
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@torch.no_grad()
+def test_inputs_that_an_adapter_prepares_are_used(prompt, backend):
+    model, prefix = make_model(use_stable_embedding=False), torch.randn(1, 5, 32)
+    plain = model.generate(prompt, max_new_tokens=6)
+    model.set_attn_implementation(backend)
+    with_prefix(model, prefix)
+    ids = prompt
+    for _ in range(6):
+        embeds = torch.cat((prefix.expand(2, -1, -1), model.get_input_embeddings()(ids)), dim=1)
+        ids = torch.cat((ids, model(inputs_embeds=embeds).logits[:, -1:].argmax(-1)), dim=1)
+    assert torch.equal(model.generate(prompt, max_new_tokens=6), ids)
+    assert not torch.equal(ids, plain)
+    assert torch.equal(model.generate(prompt, max_new_tokens=6, num_beams=2)[:, :4], prompt)
+
+
+@torch.no_grad()
+def test_inputs_that_a_subclass_prepares_are_used_and_checked(prompt):
+    class Shifted(OpenLlamaForCausalLM):
+        shift = 3
+
+        def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **arguments: Any) -> dict[str, Any]:
+            inputs = super().prepare_inputs_for_generation(input_ids, **arguments)
+            return {**inputs, "position_ids": inputs["position_ids"] * self.shift}
+
+    original, model = make_model(), Shifted(CONFIG, "eager").eval()
+    model.load_state_dict(original.state_dict())
+    ids = prompt
+    for _ in range(6):
+        positions = 3 * torch.arange(ids.shape[1])[None]
+        ids = torch.cat((ids, original(ids, position_ids=positions).logits[:, -1:].argmax(-1)), dim=1)
+    assert torch.equal(model.generate(prompt, max_new_tokens=6), ids)
+    assert not torch.equal(original.generate(prompt, max_new_tokens=6), ids)
+    model.shift = -1
+    with pytest.raises(InputError, match="must not be negative"):
+        model.generate(prompt, max_new_tokens=6)
+
+
+def test_guessing_ahead_of_inputs_that_an_adapter_prepares_is_refused(prompt):
+    model = make_model()
+    with_prefix(model, torch.randn(1, 5, 32))
+    with pytest.raises(InputError, match="prompt_lookup_num_tokens needs the model's own prepare_inputs"):
+        model.generate(prompt[:1], max_new_tokens=6, prompt_lookup_num_tokens=2)
+    with pytest.raises(InputError, match="assistant_model needs the model's own prepare_inputs"):
+        make_model().generate(prompt[:1], max_new_tokens=6, assistant_model=model)
+
+
+def test_generating_while_a_model_trains_with_recomputation_gives_the_same_ids(prompt):
+    model = make_model(hidden_dropout_prob=0.0, attention_dropout_prob=0.0)
+    expected = model.generate(prompt, max_new_tokens=6)
+    model.gradient_checkpointing_enable()
+    assert torch.equal(model.train().generate(prompt, max_new_tokens=6), expected)
 
 
 # --- picking --------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from openllama.cache import PreallocatedCache
 from openllama.generation.assisted import Lookup
-from openllama.generation.loop import Texts
-from openllama.generation.request import prepare
+from openllama.generation.checks import prepare
+from openllama.generation.state import Sequences
 from tests.draw import examples
 from tests.generating import count_forwards, make_model
 
@@ -131,10 +131,12 @@ def test_lookup_by_worked_example(model):
     assert guess([4], 2) == []
 
 
-def test_guesses_never_go_beyond_the_length(model):
+def test_guesses_never_go_beyond_the_length():
+    model = make_model()
+    model.set_attn_implementation("sdpa")  # so that the cache has a length
     request = prepare(model, PROMPT, max_new_tokens=3, assistant_model=make_model())
-    texts = Texts(model, request)
-    assert texts.cache.max_length == 7
+    sequences = Sequences(model, request)
+    assert sequences.cache.max_length == 7
     assert model.generate(PROMPT, max_new_tokens=3, assistant_model=make_model()).shape == (1, 7)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from openllama.errors import ConfigError, InputError
-from openllama.generation import GenerationConfig
+from openllama.generation import GenerationConfig, prepare
+from openllama.generation.arguments import Arguments, GenerationSettings
 from tests.generating import count_forwards, make_model
 
 
@@ -50,7 +54,7 @@ def test_none_switches_off_what_may_be_off():
 @pytest.mark.parametrize(
     ("field", "values"),
     [
-        ("temperature", (0, -1.0, float("nan"), "hot")),
+        ("temperature", (0, -1.0, float("nan"), float("inf"), "hot")),
         ("top_k", (-1, 2.5)),
         ("top_p", (0, 1.5, -0.1)),
         ("typical_p", (0, 2)),
@@ -61,7 +65,7 @@ def test_none_switches_off_what_may_be_off():
         ("penalty_alpha", (-0.1, 1.1)),
         ("diversity_penalty", (-1,)),
         ("length_penalty", (float("nan"), None)),
-        ("max_time", (0, -3)),
+        ("max_time", (0, -3, float("inf"))),
         ("min_length", (-1, 0.5)),
         ("min_new_tokens", (-1,)),
         ("no_repeat_ngram_size", (-1,)),
@@ -70,7 +74,7 @@ def test_none_switches_off_what_may_be_off():
         ("num_beam_groups", (0,)),
         ("num_return_sequences", (0,)),
         ("prompt_lookup_num_tokens", (0,)),
-        ("early_stopping", ("always", None)),
+        ("early_stopping", ("always", None, 1, 0)),
         ("do_sample", ("no", 1, None)),
         ("use_cache", ("no",)),
         ("num_beams", (2.0, True)),
@@ -90,6 +94,50 @@ def test_impossible_values_are_refused_by_name(field, values):
     for value in values:
         with pytest.raises(InputError, match=field):
             GenerationConfig(**{field: value})
+
+
+def test_numbers_of_numpy_become_pythons():
+    config = GenerationConfig(
+        top_k=np.int64(3),
+        temperature=np.float32(0.5),
+        eos_token_id=[np.int32(2)],
+        suppress_tokens=(np.int64(7),),
+        sequence_bias={(np.int64(3),): np.float64(1.5)},
+    )
+    assert json.loads(json.dumps(config.to_dict()))["sequence_bias"] == [[[3], 1.5]]
+    assert config == GenerationConfig(
+        top_k=3, temperature=0.5, eos_token_id=[2], suppress_tokens=[7], sequence_bias={(3,): 1.5}
+    )
+
+
+def test_every_setting_has_a_rule_that_its_default_passes():
+    for field in dataclasses.fields(GenerationConfig):
+        default = getattr(GenerationConfig(), field.name)
+        assert field.metadata["rule"](default) == default
+        with pytest.raises(ValueError, match=r"\w"):
+            field.metadata["rule"](object())
+
+
+def test_type_checkers_know_every_setting_by_its_name_and_type():
+    """All but the one that the overloads of ``generate`` are told apart by."""
+    declared = {field.name: field.type for field in dataclasses.fields(GenerationConfig)}
+    del declared["extra"], declared["return_dict_in_generate"]
+    known = {name: value.__forward_arg__ for name, value in GenerationSettings.__annotations__.items()}
+    assert known == declared
+    call = inspect.signature(prepare).parameters
+    others = {name: value.__forward_arg__ for name, value in Arguments.__annotations__.items() if name not in declared}
+    assert others == {name: call[name].annotation for name in call if name not in ("model", "input_ids", "options")}
+
+
+def test_more_new_tokens_than_there_is_room_for_are_warned_of_at_the_callers_line(model):
+    greedy = model.generate(ONE, max_new_tokens=6)[0].tolist()
+    settings = {"max_new_tokens": 6, "eos_token_id": greedy[4]}
+    assert model.generate(ONE, **settings).shape[1] == 5
+    with pytest.warns(UserWarning, match="min_new_tokens 7 is above the 6 there is room for") as caught:
+        ids = model.generate(ONE, min_new_tokens=7, **settings)
+    assert caught[0].filename == __file__
+    assert torch.equal(ids, model.generate(ONE, min_new_tokens=6, **settings))
+    assert ids.shape[1] == 9
 
 
 def test_the_message_for_temperature_zero_says_what_to_do():
@@ -151,10 +199,9 @@ def test_null_in_a_file_is_the_default_where_it_is_no_value():
         (ONE, {"exponential_decay_length_penalty": (1, 1.1)}, "eos_token_id"),
         (ONE, {"prompt_lookup_num_tokens": 3, "num_beams": 2}, "prompt_lookup_num_tokens"),
         (ONE, {"prompt_lookup_num_tokens": 3, "use_cache": False}, "use_cache"),
-        (TWO, {"prompt_lookup_num_tokens": 3}, "one text at a time, got 2 prompts"),
+        (TWO, {"prompt_lookup_num_tokens": 3}, "one sequence at a time, got 2 prompts"),
         (ONE, {"prompt_lookup_num_tokens": 3, "do_sample": True, "num_return_sequences": 2}, "sequences 2"),
         (ONE, {"min_length": 6}, "min_length 6 .* 5 tokens"),
-        (ONE, {"min_new_tokens": 3}, "min_new_tokens 3 .* 2"),
         (ONE, {"eos_token_id": 40}, "eos_token_id 40 .* 40"),
         (ONE, {"bad_words_ids": [[3, 41]]}, "bad_words_ids 41"),
         (ONE, {"bad_words_ids": [[]]}, "bad_words_ids"),

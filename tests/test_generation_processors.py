@@ -1,4 +1,4 @@
-"""Processors and warpers: what each forbids, forces or favours, by worked examples and by definition."""
+"""Processors and sampling filters: what each forbids, forces or favours, by worked examples and by definition."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from openllama.generation.processors import (
     bad_words,
     exponential_decay,
     force,
+    log_normalize,
     no_repeat_ngram,
     processors_for,
     remove_invalid,
@@ -21,16 +22,15 @@ from openllama.generation.processors import (
     sequence_bias,
     suppress,
 )
-from openllama.generation.warpers import (
+from openllama.generation.sampling import (
     epsilon_cutoff,
     eta_cutoff,
-    log_normalize,
+    filters_for,
     min_p,
     temperature,
     top_k,
     top_p,
     typical_p,
-    warpers_for,
 )
 
 INF = torch.inf
@@ -47,7 +47,7 @@ def kept(scores: Tensor) -> list[bool]:
     return scores[0].isfinite().tolist()
 
 
-# --- warpers ----------------------------------------------------------------------------------------
+# --- sampling filters ----------------------------------------------------------------------------------------
 
 
 @given(scores_lists, st.integers(1, 15))
@@ -79,7 +79,7 @@ def test_min_p_drops_what_is_less_likely_than_the_share_of_the_likeliest(values,
 
 
 @pytest.mark.parametrize(
-    ("warper", "stays"),
+    ("filtering", "stays"),
     [
         (top_k(2), [True, True, False]),
         (top_p(0.7), [True, True, False]),
@@ -97,8 +97,8 @@ def test_min_p_drops_what_is_less_likely_than_the_share_of_the_likeliest(values,
         (typical_p(0.25, keep=2), [True, True, False]),
     ],
 )
-def test_warpers_by_worked_examples(warper, stays):
-    assert kept(warper(None, THREE)) == stays
+def test_sampling_filters_by_worked_examples(filtering, stays):
+    assert kept(filtering(None, THREE)) == stays
 
 
 def test_typical_p_of_a_mass_that_rounding_keeps_out_of_reach_keeps_all():
@@ -173,8 +173,8 @@ def test_exponential_decay_multiplies_once_for_each_token_beyond():
 
 def test_a_config_with_defaults_asks_for_nothing_but_top_k():
     assert processors_for(GenerationConfig(eos_token_id=2), 3) == []
-    assert warpers_for(GenerationConfig()) == []
-    assert len(warpers_for(GenerationConfig(do_sample=True))) == 1
+    assert filters_for(GenerationConfig()) == []
+    assert len(filters_for(GenerationConfig(do_sample=True))) == 1
 
 
 def test_callers_processors_come_before_the_normalisation():

@@ -40,7 +40,7 @@ def test_perplexity_by_worked_example():
 def test_few_logits_exist_at_a_time(model, monkeypatch):
     sizes = []
     project = model.project
-    monkeypatch.setattr(model, "_project", lambda hidden: (sizes.append(len(hidden)), project(hidden))[1])
+    monkeypatch.setattr(model, "project", lambda hidden: (sizes.append(len(hidden)), project(hidden))[1])
     whole = [result.log_probs for result in score(model, TEXTS)]
     assert sizes == [10]
     sizes.clear()
@@ -65,8 +65,8 @@ def test_half_precision_is_scored_in_single():
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        ([[1, 2], [3]], r"text 1 has shape \(1,\).*two tokens"),
-        ([[[1, 2]]], r"text 0 has shape \(1, 2\)"),
+        ([[1, 2], [3]], r"sequence 1 has shape \(1,\).*two tokens"),
+        ([[[1, 2]]], r"sequence 0 has shape \(1, 2\)"),
         ([[1, 40]], "40 is outside the vocabulary of 40"),
         ([[1.0, 2.0]], "integers"),
     ],

@@ -66,7 +66,7 @@ def test_texts_longer_than_the_model_was_trained_for_are_warned_of_once():
         model.generate(PROMPT, max_new_tokens=3)  # the last token is made from 6
         assert caught == []
         model.generate(PROMPT, max_new_tokens=9)
-    assert [str(warning.message)[:28] for warning in caught] == ["a text of more than 6 tokens"]
+    assert [str(warning.message)[:32] for warning in caught] == ["a sequence of more than 6 tokens"]
 
 
 def test_a_conversation_goes_on_from_the_cache_of_its_last_turn(model):

@@ -1,21 +1,23 @@
 """From logits to tokens. Reading order, which is also the order of imports:
 
-config, warpers, processors, stopping  the settings and the small functions they stand for
-outputs, request                       what is handed back; a call, checked and settled
-loop                                   greedy search and sampling: the file to read first
-beam, contrastive, assisted            the rarer families, each on its own
-entry                                  ``generate`` and ``stream``
-score                                  log-probabilities of given texts
-text                                   strings in and out, for those who have a tokenizer
+config                            the settings, each with its rule
+processors, sampling, stopping    the small functions that the settings stand for
+outputs, state                    what is handed back; what is asked for, and the sequences being made
+checks                            a call of ``generate``, checked once
+loop                              greedy search and sampling, from the call to the token: the file to read first
+beam, contrastive, assisted       the rarer strategies, each on its own
+arguments                         the names and types of all arguments, for type checkers
+scoring                           log-probabilities of given sequences
+text                              strings in and out, for those who have a tokenizer
 """
 
+from openllama.generation.checks import prepare
 from openllama.generation.config import GenerationConfig
-from openllama.generation.entry import generate, stream
+from openllama.generation.loop import generate, stream
 from openllama.generation.outputs import GenerateOutput
-from openllama.generation.request import prepare
-from openllama.generation.score import Score, score
+from openllama.generation.processors import LogitsProcessor
+from openllama.generation.scoring import Score, score
 from openllama.generation.stopping import StoppingCriterion
-from openllama.generation.warpers import LogitsProcessor
 
 __all__ = [
     "GenerateOutput",

@@ -1,4 +1,4 @@
-"""Beam search: follow the most likely texts instead of the most likely token.
+"""Beam search: follow the most likely sequences instead of the most likely token.
 
 Each prompt has ``num_beams`` rows, its beams. A step scores every continuation of every beam by the sum
 of its log-probabilities, and the best become the new beams. A continuation that ends with eos leaves
@@ -22,19 +22,17 @@ import torch
 from torch import Tensor
 
 from openllama.generation.config import GenerationConfig
-from openllama.generation.loop import Texts
 from openllama.generation.outputs import GenerateOutput, Record, Step
-from openllama.generation.processors import apply
-from openllama.generation.request import Request
+from openllama.generation.processors import LogitsProcessor, apply
+from openllama.generation.state import Request, Sequences
 from openllama.generation.stopping import stopped
-from openllama.generation.warpers import LogitsProcessor
 
 DEAD = -1e9  # the score of a beam that is not to be continued
 
 
 @dataclass(frozen=True, eq=False)
 class Hypothesis:
-    """A finished text."""
+    """A finished sequence."""
 
     score: float
     ids: Tensor  # (length,), without eos
@@ -43,7 +41,7 @@ class Hypothesis:
 
 @dataclass
 class Group:
-    """The beams of one prompt that compete with each other, and the best texts they have finished."""
+    """The beams of one prompt that compete with each other, and the best sequences they have finished."""
 
     rows: list[int]  # of all beams of the batch
     config: GenerationConfig
@@ -51,7 +49,7 @@ class Group:
     done: bool = False
 
     def add(self, total: float, ids: Tensor, rows: Tensor) -> None:
-        """Keep a finished text whose log-probabilities sum to ``total``, if it is among the best."""
+        """Keep a finished sequence whose log-probabilities sum to ``total``, if it is among the best."""
         score = total / len(ids) ** self.config.length_penalty
         if len(self.finished) < len(self.rows):
             self.finished.append(Hypothesis(score, ids, rows))
@@ -62,7 +60,7 @@ class Group:
             self.finished.append(Hypothesis(score, ids, rows))
 
     def cannot_improve(self, best: float, length: int) -> bool:
-        """Whether no text that goes on from a sum of ``best`` at ``length`` can enter the finished ones.
+        """Whether no sequence that goes on from a sum of ``best`` at ``length`` can enter the finished ones.
 
         ``early_stopping``: True stops anyway. False takes the score that ``best`` has now for the
         highest to come; "never" the score it would have at full length, if length makes scores higher.
@@ -74,7 +72,7 @@ class Group:
             return True
         if config.early_stopping == "never" and config.length_penalty > 0:
             length = config.max_length
-        return min(text.score for text in self.finished) >= best / length**config.length_penalty
+        return min(one.score for one in self.finished) >= best / length**config.length_penalty
 
 
 class Diversity:
@@ -97,12 +95,12 @@ class Diversity:
 
 
 class BeamSearch:
-    """Beam search, beam sampling or diverse beam search; ``texts`` holds each prompt ``num_beams`` times."""
+    """Beam search, beam sampling or diverse beam search; ``sequences`` holds each prompt ``num_beams`` times."""
 
-    def __init__(self, texts: Texts, request: Request) -> None:
+    def __init__(self, sequences: Sequences, request: Request) -> None:
         config = request.config
-        self.texts, self.request, self.config = texts, request, config
-        rows = torch.arange(len(texts.ids), device=texts.ids.device)
+        self.sequences, self.request, self.config = sequences, request, config
+        rows = torch.arange(len(sequences.ids), device=sequences.ids.device)
         self.rows = rows.view(-1, config.num_beam_groups, config.num_beams // config.num_beam_groups)  # (B, groups, G)
         self.groups = [[Group(beams, config) for beams in groups] for groups in self.rows.tolist()]
         self.totals = torch.zeros(len(rows), device=rows.device)  # sums of log-probabilities
@@ -118,13 +116,13 @@ class BeamSearch:
     def run(self) -> GenerateOutput:
         """Search to the end."""
         record = Record(self.config)
-        while self.texts.length < self.config.max_length:
-            logits, output = self.texts.forward()
+        while self.sequences.length < self.config.max_length:
+            logits, output = self.sequences.forward()
             tokens, scores = self.step(logits[:, -1])
             record.add(Step(tokens, scores, logits[:, -1], output.attentions, output.hidden_states))
             if all(group.done for groups in self.groups for group in groups):
                 break
-            if bool(stopped(self.request.stopping, self.texts.ids, scores).all()):
+            if self.request.stopping and bool(stopped(self.request.stopping, self.sequences.ids, scores).all()):
                 break
         return self.output(record)
 
@@ -136,85 +134,82 @@ class BeamSearch:
         self.diversity.taken.clear()
         for index in range(self.config.num_beam_groups):
             rows = self.rows[:, index].flatten()  # (B * G,)
-            ids = self.texts.ids[rows]
+            ids = self.sequences.ids[rows]
             processed = apply(self.processors, ids, log_probs[rows])
-            scores[rows] = apply(self.request.warpers, ids, processed)
-            sums = apply(self.request.warpers, ids, processed + self.totals[rows, None])
-            candidates = zip(*(column.tolist() for column in self.candidates(sums)), strict=True)  # of each prompt
-            new = [self.advance(groups[index], *best) for groups, best in zip(self.groups, candidates, strict=True)]
+            scores[rows] = apply(self.request.filters, ids, processed)
+            sums = apply(self.request.filters, ids, processed + self.totals[rows, None])
+            best, flat = (part.tolist() for part in self.candidates(sums))  # all that is read for a token
+            new = [self.advance(groups[index], *args) for groups, *args in zip(self.groups, best, flat, strict=True)]
             columns = zip(*(beam for beams in new for beam in beams), strict=True)
             totals[rows], tokens[rows], parents[rows] = (torch.tensor(column, device=rows.device) for column in columns)
             self.diversity.taken.append(tokens[self.rows[:, index]])
         self.totals = totals
         self.history = torch.cat((self.history[parents], parents[:, None]), dim=1)
-        self.texts.reorder(parents)
-        self.texts.append(tokens)
+        self.sequences.reorder(parents)
+        self.sequences.append(tokens)
         return tokens, scores
 
-    def candidates(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Totals, tokens and beams of the best (or drawn) continuations of each prompt, best first.
+    def candidates(self, sums: Tensor) -> tuple[Tensor, Tensor]:
+        """The best (or drawn) continuations of each prompt, best first: totals and beam * V + token, (B, n) each.
 
         Of sums (B * G, V) there are 2 * G, so that G go on when all others end, or more where there are
         several ways to end.
         """
-        size, vocab_size = self.rows.shape[2], sums.shape[1]
-        sums = sums.view(-1, size * vocab_size)
+        size = self.rows.shape[2]
+        sums = sums.view(-1, size * sums.shape[1])
         if self.config.do_sample:
             drawn = torch.multinomial(sums.softmax(dim=-1), 2 * size, generator=self.request.generator)
             best, order = sums.gather(1, drawn).sort(descending=True)
-            flat = drawn.gather(1, order)
-        else:
-            count = max(2, 1 + len(set(self.config.eos_token_ids))) * size
-            best, flat = sums.topk(min(count, sums.shape[1]))
-        return best, flat % vocab_size, flat // vocab_size
+            return best, drawn.gather(1, order)
+        count = max(2, 1 + len(set(self.config.eos_token_ids))) * size
+        return sums.topk(min(count, sums.shape[1]))
 
-    def advance(
-        self, group: Group, sums: list[float], tokens: list[int], beams: list[int]
-    ) -> list[tuple[float, int, int]]:
+    def advance(self, group: Group, sums: list[float], flat: list[int]) -> list[tuple[float, int, int]]:
         """The new beams of a group as (total, token, row); candidates that end are kept as finished."""
         size, idle = len(group.rows), (self.config.padding_id, group.rows[0])
         if group.done:
             return [(0.0, *idle)] * size
         new: list[tuple[float, int, int]] = []
-        for rank, (total, token, beam) in enumerate(zip(sums, tokens, beams, strict=True)):
+        for rank, (total, index) in enumerate(zip(sums, flat, strict=True)):
+            beam, token = divmod(index, self.sequences.model.config.vocab_size)
             row = group.rows[beam]
             if token not in self.config.eos_token_ids:
                 new.append((total, token, row))
             elif rank < size:
                 came_from = torch.cat((self.history[row], self.history.new_tensor([row])))
-                group.add(total, self.texts.ids[row].clone(), came_from)
+                group.add(total, self.sequences.ids[row].clone(), came_from)
             if len(new) == size:
                 break
-        group.done = group.cannot_improve(sums[0], self.texts.length + 1)
+        group.done = group.cannot_improve(sums[0], self.sequences.length + 1)
         return new + [(DEAD, *idle)] * (size - len(new))
 
     def output(self, record: Record) -> GenerateOutput:
-        """The best texts of each prompt, those that had no time to end among them."""
+        """The best sequences of each prompt, those that had no time to end among them."""
         best: list[Hypothesis] = []
         for groups in self.groups:
             for group in groups:
                 for row in [] if group.done else group.rows:
-                    group.add(float(self.totals[row]), self.texts.ids[row], self.history[row])
-            ranked = sorted((text for group in groups for text in group.finished), key=lambda text: text.score)
+                    group.add(float(self.totals[row]), self.sequences.ids[row], self.history[row])
+            ranked = sorted((one for group in groups for one in group.finished), key=lambda one: one.score)
             best += ranked[::-1][: 1 if self.config.do_sample else self.config.num_return_sequences]
         sequences, beam_indices = self._aligned(best)
         output = GenerateOutput(sequences, **record.fields())
         if output.scores is not None:
             output.beam_indices = beam_indices
-            output.sequences_scores = self.totals.new_tensor([text.score for text in best])
+            output.sequences_scores = self.totals.new_tensor([one.score for one in best])
         return output
 
     def _aligned(self, best: list[Hypothesis]) -> tuple[Tensor, Tensor]:
-        """Ids and beam indices as rectangles; a text with room for it ends with the first eos id."""
+        """Ids and beam indices as rectangles; a sequence with room for it ends with the first eos id."""
         config = self.config
-        longest = max(len(text.ids) for text in best)
+        longest = max(len(one.ids) for one in best)
         width = min(longest + 1, config.max_length) if config.eos_token_ids else longest
-        sequences = self.texts.ids.new_full((len(best), width), config.padding_id)
+        sequences = self.sequences.ids.new_full((len(best), width), config.padding_id)
         beam_indices = sequences.new_full(sequences.shape, -1)
-        for row, text in enumerate(best):
-            length = len(text.ids)
-            sequences[row, :length] = text.ids
-            beam_indices[row, : len(text.rows)] = text.rows
+        for row, one in enumerate(best):
+            length = len(one.ids)
+            sequences[row, :length] = one.ids
+            beam_indices[row, : len(one.rows)] = one.rows
             if length < width and config.eos_token_ids:
                 sequences[row, length] = config.eos_token_ids[0]
         return sequences, beam_indices

@@ -1,25 +1,76 @@
-"""How to generate: the settings of ``generate``, what each may be, and its file."""
+"""The settings of ``generate``: on each line a default and the rule for other values; and their file."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
-from openllama.config import OpenLlamaConfig
-from openllama.errors import ConfigError, InputError
+from openllama.config import (
+    OpenLlamaConfig,
+    Settings,
+    boolean,
+    id_or_ids,
+    integer,
+    mapping,
+    number,
+    one_of,
+    optional,
+    read_json,
+    setting,
+    write_json,
+)
+from openllama.errors import ConfigError, InputError, OpenLlamaError
 
 GENERATION_CONFIG_FILE = "generation_config.json"
 
 
-@dataclass(frozen=True, kw_only=True)
-class GenerationConfig:
+def token_ids(value: Any) -> list[int]:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError("a list of ids")
+    return [integer()(token) for token in value]
+
+
+def id_lists(value: Any) -> list[list[int]]:
+    if isinstance(value, (list, tuple)) and all(value):
+        with contextlib.suppress(ValueError):
+            return [token_ids(ids) for ids in value]
+    raise ValueError("a list of lists of at least one id")
+
+
+def bias(value: Any) -> dict[tuple[int, ...], float]:
+    """{(ids): bias} from a mapping, or from the pairs that a file holds."""
+    try:
+        pairs = value.items() if isinstance(value, Mapping) else [(ids, amount) for ids, amount in value]
+        result = {tuple(token_ids(ids)): float(number("[-inf, inf]")(amount)) for ids, amount in pairs}
+    except (TypeError, ValueError) as error:
+        raise ValueError("a mapping from tuples of ids to numbers") from error
+    if () in result:
+        raise ValueError("a mapping from tuples of at least one id to numbers")
+    return result
+
+
+def wait_and_factor(value: Any) -> tuple[int, float]:
+    try:
+        wait, factor = value
+        return integer()(wait), number()(factor)
+    except (TypeError, ValueError) as error:
+        raise ValueError("a pair (tokens to wait, factor)") from error
+
+
+def off(value: str) -> str:
+    return f" ({value} switches it off)"
+
+
+NOT_ZERO = " (for the likeliest token use do_sample=False)"
+
+
+@dataclass(kw_only=True)
+class GenerationConfig(Settings):
     """Settings of ``generate``, with the names and defaults of transformers 4.31.0.
 
     Each can be given to ``generate`` by name and then wins over the model's own. Raises
@@ -27,91 +78,78 @@ class GenerationConfig:
     are used.
     """
 
+    refusal: ClassVar[type[OpenLlamaError]] = InputError
+
     # length
-    max_length: int = 20  # tokens of prompt and continuation together
-    max_new_tokens: int | None = None  # tokens of the continuation; wins over max_length
-    min_length: int | None = 0  # no end before this many tokens of prompt and continuation
-    min_new_tokens: int | None = None  # no end before this many tokens of continuation
-    max_time: float | None = None  # seconds after which no further token is begun
+    max_length: int = setting(20, integer(1))  # tokens of prompt and continuation together
+    max_new_tokens: int | None = setting(None, optional(integer(1)))  # of the continuation; wins over max_length
+    min_length: int | None = setting(0, optional(integer(0)))  # no end before so many of prompt and continuation
+    min_new_tokens: int | None = setting(None, optional(integer(0)))  # no end before so many of the continuation
+    max_time: float | None = setting(None, optional(number("(0, inf)")))  # seconds; after that no token is begun
 
     # strategy
-    do_sample: bool = False  # draw from the distribution; else take the most likely token
-    num_beams: int = 1  # texts followed at a time by beam search; 1: no beam search
-    num_beam_groups: int = 1  # groups of beams that shun each other's tokens
-    diversity_penalty: float | None = 0.0  # what a token costs per earlier group's beam that chose it
-    early_stopping: bool | str = False  # beams: True: at num_beams finished texts; "never": when none can improve
-    length_penalty: float = 1.0  # beams: score / length ** this; above 0 favours long texts
-    penalty_alpha: float | None = None  # contrastive search among top_k tokens, weight of the penalty
-    prompt_lookup_num_tokens: int | None = None  # guess this many tokens ahead from the text so far
-    max_matching_ngram_size: int = 2  # prompt lookup: tokens that must recur for a guess, at most
-    use_cache: bool = True  # off: compute the whole text anew for each token
-    num_return_sequences: int = 1  # continuations of each prompt
+    do_sample: bool = setting(False, boolean)  # draw from the distribution; else take the likeliest token
+    num_beams: int = setting(1, integer(1))  # sequences that beam search follows at a time; 1: no beam search
+    num_beam_groups: int = setting(1, integer(1))  # groups of beams that avoid each other's tokens
+    diversity_penalty: float | None = setting(0.0, optional(number("[0, inf)", off("0.0"))))  # per beam that took it
+    # once num_beams sequences have ended, beam search stops: True: at once; "never": when no other can become better;
+    # False: when no other is better now
+    early_stopping: bool | Literal["never"] = setting(False, one_of(True, False, "never"))
+    length_penalty: float = setting(1.0, number(hint=off("0.0")))  # beams: score / length ** this; above 0: longer
+    penalty_alpha: float | None = setting(None, optional(number("[0, 1]", off("None"))))  # of contrastive search
+    prompt_lookup_num_tokens: int | None = setting(None, optional(integer(1)))  # tokens guessed from the ids so far
+    max_matching_ngram_size: int = setting(2, integer(1))  # prompt lookup: tokens that recur before a guess, at most
+    use_cache: bool = setting(True, boolean)  # off: compute the whole sequence anew for each token
+    num_return_sequences: int = setting(1, integer(1))  # continuations of each prompt
 
     # which tokens sampling may draw
-    temperature: float | None = 1.0  # below 1 sharpens the distribution, above 1 flattens it
-    top_k: int | None = 50  # draw among the k most likely tokens; 0 or None: all
-    top_p: float | None = 1.0  # draw among the likeliest tokens that together reach probability p
-    min_p: float | None = None  # drop tokens less likely than this share of the likeliest
-    typical_p: float | None = 1.0  # draw among the tokens of most expected surprise that reach probability p
-    epsilon_cutoff: float | None = 0.0  # drop tokens less likely than this
-    eta_cutoff: float | None = 0.0  # the same, with a lower bar where the distribution is flat
+    temperature: float | None = setting(1.0, optional(number("(0, inf)", NOT_ZERO)))  # below 1 sharpens, above flattens
+    top_k: int | None = setting(50, optional(integer(0, off("0"))))  # the k likeliest tokens
+    top_p: float | None = setting(1.0, optional(number("(0, 1]", off("1.0"))))  # the likeliest, of probability p in all
+    min_p: float | None = setting(None, optional(number("[0, 1]", off("None"))))  # at least this share of the likeliest
+    typical_p: float | None = setting(1.0, optional(number("(0, 1]", off("1.0"))))  # the least surprising, p in all
+    epsilon_cutoff: float | None = setting(0.0, optional(number("[0, 1)", off("0.0"))))  # at least so likely
+    eta_cutoff: float | None = setting(0.0, optional(number("[0, 1)", off("0.0"))))  # the same, less where all are
 
     # scores of tokens
-    repetition_penalty: float | None = 1.0  # above 1 makes tokens of the text so far less likely
-    no_repeat_ngram_size: int | None = 0  # no sequence of this many tokens comes twice
-    bad_words_ids: list[list[int]] | None = None  # sequences that never come
-    sequence_bias: Mapping[tuple[int, ...], float] | None = None  # added to the token that completes a sequence
-    suppress_tokens: list[int] | None = None  # never come
-    begin_suppress_tokens: list[int] | None = None  # do not come first
-    forced_bos_token_id: int | None = None  # follows a prompt of one token
-    forced_eos_token_id: int | list[int] | None = None  # is the last token when max_length is reached
-    exponential_decay_length_penalty: tuple[int, float] | None = None  # (new tokens to wait, factor per token)
-    remove_invalid_values: bool = False  # NaN scores become 0, infinite ones the largest number
-    renormalize_logits: bool = False  # end with log-probabilities
+    repetition_penalty: float | None = setting(1.0, optional(number("(0, inf)", off("1.0"))))  # above 1: repeats less
+    no_repeat_ngram_size: int | None = setting(0, optional(integer(0, off("0"))))  # no so many tokens come twice
+    bad_words_ids: list[list[int]] | None = setting(None, optional(id_lists))  # sequences that never come
+    sequence_bias: Mapping[tuple[int, ...], float] | None = setting(None, optional(bias))  # for the token that ends one
+    suppress_tokens: list[int] | None = setting(None, optional(token_ids))  # never come
+    begin_suppress_tokens: list[int] | None = setting(None, optional(token_ids))  # do not come first
+    forced_bos_token_id: int | None = setting(None, optional(integer()))  # follows a prompt of one token
+    forced_eos_token_id: int | list[int] | None = setting(None, optional(id_or_ids))  # last where max_length is reached
+    exponential_decay_length_penalty: tuple[int, float] | None = setting(None, optional(wait_and_factor))  # for eos
+    remove_invalid_values: bool = setting(False, boolean)  # NaN becomes 0, infinity the largest number
+    renormalize_logits: bool = setting(False, boolean)  # end with log-probabilities
 
     # what is returned
-    return_dict_in_generate: bool = False  # a GenerateOutput instead of ids
-    output_scores: bool = False  # with the scores each token was picked by
-    output_logits: bool = False  # with the model's own logits
-    output_attentions: bool = False
-    output_hidden_states: bool = False
+    return_dict_in_generate: bool = setting(False, boolean)  # a GenerateOutput instead of ids
+    output_scores: bool = setting(False, boolean)  # with the scores each token was picked by
+    output_logits: bool = setting(False, boolean)  # with the model's own logits
+    output_attentions: bool = setting(False, boolean)
+    output_hidden_states: bool = setting(False, boolean)
 
     # special tokens
-    pad_token_id: int | None = None  # follows a text that has ended before its batch has
-    bos_token_id: int | None = None  # begins a text where no prompt is given
-    eos_token_id: int | list[int] | None = None  # each ends a text
-    extra: dict[str, Any] = field(default_factory=dict)  # keys of a generation_config.json not listed above
-
-    def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            value, kind = getattr(self, f.name), str(f.type).removesuffix(" | None")
-            if kind in KINDS and not (value is None and f.name in OPTIONAL) and not KINDS[kind][0](value):
-                raise InputError(f"{f.name} must be {KINDS[kind][1]}, got {value!r}")
-        for names, allowed, rule in RULES:
-            for name in names.split():
-                value = getattr(self, name)
-                if value is not None and not allowed(value):
-                    raise InputError(f"{name} must {rule}, got {value!r}")
-        if self.early_stopping not in (True, False, "never"):
-            raise InputError(f'early_stopping must be True, False or "never", got {self.early_stopping!r}')
-        if self.sequence_bias is not None:
-            object.__setattr__(self, "sequence_bias", _as_bias(self.sequence_bias))
-        if self.exponential_decay_length_penalty is not None:
-            object.__setattr__(self, "exponential_decay_length_penalty", tuple(self.exponential_decay_length_penalty))
+    pad_token_id: int | None = setting(None, optional(integer()))  # follows a sequence that ends before its batch does
+    bos_token_id: int | None = setting(None, optional(integer()))  # begins a sequence where no prompt is given
+    eos_token_id: int | list[int] | None = setting(None, optional(id_or_ids))  # each ends a sequence
+    extra: dict[str, Any] = field(default_factory=dict, metadata={"rule": mapping})  # other keys of the file
 
     @property
     def eos_token_ids(self) -> list[int]:
-        """The ids that end a text: none, one or several."""
+        """The ids that end a sequence: none, one or several."""
         return as_list(self.eos_token_id)
 
     @property
     def padding_id(self) -> int:
-        """What follows a text that has ended: the padding id, else the first that ends a text."""
+        """What follows a sequence that has ended: the padding id, else the first that ends one."""
         return self.pad_token_id if self.pad_token_id is not None else (self.eos_token_ids or [0])[0]
 
     def replace(self, **options: Any) -> GenerationConfig:
         """A copy with the given fields changed; a name that is no field raises ``InputError``."""
-        known = {f.name for f in dataclasses.fields(self)} - {"extra"}
+        known = set(self.field_names()) - {"extra"}
         if unknown := sorted(set(options) - known):
             raise InputError(
                 f"generate does not know {', '.join(unknown)}; its settings are {', '.join(sorted(known))}"
@@ -129,88 +167,31 @@ class GenerationConfig:
 
         None stands for the default where it is no value.
         """
-        known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
-        extra = {key: value for key, value in values.items() if key not in known}
-        given = {key: value for key, value in values.items() if key in known}
-        return cls(**{k: v for k, v in given.items() if v is not None or k in OPTIONAL}, extra=extra)
+        rules = {f.name: f.metadata["rule"] for f in dataclasses.fields(cls) if f.name != "extra"}
+        extra = {key: value for key, value in values.items() if key not in rules}
+        given = {key: value for key, value in values.items() if key in rules}
+        return cls(**{k: v for k, v in given.items() if v is not None or _allows_none(rules[k])}, extra=extra)
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as JSON has them: ``sequence_bias`` becomes a list of [ids, bias]."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra"}
+        values = {name: getattr(self, name) for name in self.field_names() if name != "extra"}
         if self.sequence_bias is not None:
-            values["sequence_bias"] = [[list(ids), bias] for ids, bias in self.sequence_bias.items()]
+            values["sequence_bias"] = [[list(ids), amount] for ids, amount in self.sequence_bias.items()]
         return {**self.extra, **values}
 
     @classmethod
     def from_pretrained(cls, folder: str | PathLike[str]) -> GenerationConfig:
         """Read ``generation_config.json`` of a folder."""
         path = Path(folder) / GENERATION_CONFIG_FILE
+        values = read_json(path)
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(values, dict):
-                raise ValueError(f"a JSON object is needed, this is a {type(values).__name__}")
             return cls.from_dict(values)
-        except ValueError as error:
+        except InputError as error:
             raise ConfigError(f"{path}: {error}") from error
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
         """Write ``generation_config.json`` into ``folder``."""
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True)
-        (Path(folder) / GENERATION_CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-
-
-#: fields that None switches off
-OPTIONAL = {
-    name for name, f in GenerationConfig.__dataclass_fields__.items() if isinstance(f.type, str) and "None" in f.type
-}
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _are_whole(values: object) -> bool:
-    return isinstance(values, (list, tuple)) and all(map(_is_whole, values))
-
-
-#: type of a field: (whether a value has it, the type in words)
-KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "bool": (lambda v: isinstance(v, bool), "True or False"),
-    "int": (_is_whole, "a whole number"),
-    "float": (_is_number, "a number"),
-    "int | list[int]": (lambda v: _is_whole(v) or _are_whole(v), "an id or a list of ids"),
-    "list[int]": (_are_whole, "a list of ids"),
-    "list[list[int]]": (lambda v: isinstance(v, (list, tuple)) and all(map(_are_whole, v)), "a list of lists of ids"),
-    "tuple[int, float]": (
-        lambda v: isinstance(v, (list, tuple)) and len(v) == 2 and _is_whole(v[0]) and _is_number(v[1]),
-        "a pair (tokens to wait, factor)",
-    ),
-}
-
-#: (fields, what a value must satisfy, the same in words)
-RULES: Sequence[tuple[str, Callable[[Any], bool], str]] = (
-    ("temperature", lambda v: v > 0, "be above 0 (for the likeliest token use do_sample=False)"),
-    ("top_k", lambda v: v >= 0, "not be negative (0 switches it off)"),
-    ("top_p typical_p", lambda v: 0 < v <= 1, "lie in (0, 1] (1.0 switches it off)"),
-    ("min_p", lambda v: 0 <= v <= 1, "lie in [0, 1] (None switches it off)"),
-    ("epsilon_cutoff eta_cutoff", lambda v: 0 <= v < 1, "lie in [0, 1) (0.0 switches it off)"),
-    ("repetition_penalty", lambda v: 0 < v < math.inf, "be above 0 (1.0 switches it off)"),
-    ("penalty_alpha", lambda v: 0 <= v <= 1, "lie in [0, 1] (None switches contrastive search off)"),
-    ("diversity_penalty", lambda v: 0 <= v < math.inf, "not be negative (0.0 switches it off)"),
-    ("length_penalty", math.isfinite, "be a finite number (0.0 switches it off)"),
-    ("max_time", lambda v: v > 0, "be above 0 seconds (None: no limit)"),
-    ("min_length min_new_tokens no_repeat_ngram_size", lambda v: v >= 0, "not be negative"),
-    (
-        "max_length max_new_tokens num_beams num_beam_groups num_return_sequences prompt_lookup_num_tokens "
-        "max_matching_ngram_size",
-        lambda v: v >= 1,
-        "be at least 1",
-    ),
-)
+        write_json(Path(folder) / GENERATION_CONFIG_FILE, self.to_dict())
 
 
 def as_list(ids: int | Sequence[int] | None) -> list[int]:
@@ -220,13 +201,9 @@ def as_list(ids: int | Sequence[int] | None) -> list[int]:
     return [ids] if isinstance(ids, int) else list(ids)
 
 
-def _as_bias(bias: Mapping[tuple[int, ...], float] | Sequence[Any]) -> dict[tuple[int, ...], float]:
-    """{(ids): bias} from a mapping, or from the pairs that a file holds."""
+def _allows_none(rule: Any) -> bool:
     try:
-        pairs = bias.items() if isinstance(bias, Mapping) else [(ids, value) for ids, value in bias]
-        result = {tuple(ids): float(value) for ids, value in pairs}
-    except (TypeError, ValueError) as error:
-        raise InputError(f"sequence_bias must map tuples of ids to numbers, got {bias!r}") from error
-    if () in result or not all(map(_are_whole, result)) or any(map(math.isnan, result.values())):
-        raise InputError(f"sequence_bias must map sequences of at least one id to numbers, got {bias!r}")
-    return result
+        rule(None)
+    except ValueError:
+        return False
+    return True

@@ -1,4 +1,4 @@
-"""Contrastive search (Su et al. 2022): likely tokens that do not say again what was said.
+"""Contrastive search (Su et al. 2022): likely tokens that do not repeat what has come.
 
 Each of the ``top_k`` likeliest tokens is tried: the last layer's hidden state that it makes is compared
 with every earlier one, and the token with the highest
@@ -16,37 +16,34 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from openllama.generation.loop import Texts
 from openllama.generation.outputs import Step
 from openllama.generation.processors import apply
-from openllama.generation.request import Request
+from openllama.generation.state import Request, Sequences
 
 
 @torch.no_grad()
-def decode(texts: Texts, request: Request) -> Iterator[Step]:
-    """Yield the next token of every text until all have ended or reached the length."""
+def contrastive_search(sequences: Sequences, request: Request) -> Iterator[Step]:
+    """Yield the next token of every sequence until all have ended or reached the length."""
     config = request.config
-    every = torch.arange(len(texts.ids), device=texts.ids.device)
-    running = torch.ones_like(every, dtype=torch.bool)
-    width = min(config.top_k or 1, texts.model.config.vocab_size)  # k, tokens to try
-    logits, output = texts.forward(hidden_states=True)
+    every = torch.arange(len(sequences.ids), device=sequences.ids.device)
+    width = min(config.top_k or 1, sequences.model.config.vocab_size)  # k, tokens to try
+    logits, output = sequences.forward(hidden_states=True)
     states, attentions = output.hidden_states or (), output.attentions  # of the forward pass behind the logits
     context = states[-1]  # (B, S, C)
-    while texts.length < config.max_length:
-        scores = apply(request.processors, texts.ids, logits[:, -1])
+    while sequences.length < config.max_length:
+        scores = apply(request.processors, sequences.ids, logits[:, -1])
         likely, tokens = scores.softmax(dim=-1).topk(width)  # (B, k)
-        texts.reorder(every.repeat_interleave(width))  # each text k times, once for each token
-        texts.append(tokens)
-        tried_logits, tried = texts.forward(hidden_states=True)
+        sequences.reorder(every.repeat_interleave(width))  # each sequence k times, once for each token
+        sequences.append(tokens)
+        tried_logits, tried = sequences.forward(hidden_states=True)
         tried_states = tried.hidden_states or ()
         choice = best(context, tried_states[-1], likely, config.penalty_alpha or 0.0)
         rows = every * width + choice
-        texts.reorder(rows)
-        token = texts.ids[:, -1].where(running, config.padding_id)
-        texts.replace_last(token)
+        sequences.reorder(rows)
+        token = sequences.pad_ended(sequences.ids[:, -1])
+        sequences.replace_last(token)
         yield Step(token, scores, logits[:, -1], attentions, states if config.output_hidden_states else None)
-        running &= ~request.ended(texts.ids, scores)
-        if not running.any():
+        if sequences.have_ended(scores):
             return
         logits, states = tried_logits[rows], tuple(layer[rows] for layer in tried_states)
         attentions = tried.attentions and tuple(layer[rows] for layer in tried.attentions)
@@ -54,9 +51,9 @@ def decode(texts: Texts, request: Request) -> Iterator[Step]:
 
 
 def best(context: Tensor, tried: Tensor, likely: Tensor, alpha: float) -> Tensor:
-    """Which of the k tokens of each text to take, (B,).
+    """Which of the k tokens of each sequence to take, (B,).
 
-    ``context`` (B, S, C): hidden states of the text; ``tried`` (B * k, 1, C): those the tokens make;
+    ``context`` (B, S, C): hidden states so far; ``tried`` (B * k, 1, C): those the tokens make;
     ``likely`` (B, k): their probabilities.
     """
     direction = context / context.norm(dim=2, keepdim=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from openllama.outputs import ModelOutput
 
 @dataclass(frozen=True)
 class Step:
-    """One new token of each text and what it was picked by."""
+    """One new token of each sequence and what it was picked by."""
 
     token: Tensor  # (B,)
     scores: Tensor  # (B, V), processed
@@ -34,12 +34,20 @@ class GenerateOutput(ModelOutput):
 
     sequences: Tensor  # (B, L + new)
     sequences_scores: Tensor | None = None  # (B,), what the sequences of beam search were ranked by
-    scores: tuple[Tensor, ...] | None = None  # (B, V) each, after processors and warpers
+    scores: tuple[Tensor, ...] | None = None  # (B, V) each, after processors and sampling filters
     logits: tuple[Tensor, ...] | None = None  # (B, V) each, as the model makes them
     beam_indices: Tensor | None = None  # (B, L + new): row of ``scores`` behind each new token, then -1
     attentions: tuple[tuple[Tensor, ...], ...] | None = None  # per token and layer (B, H, T, S)
     hidden_states: tuple[tuple[Tensor, ...], ...] | None = None  # per token and layer (B, T, C)
     past_key_values: Cache | None = None  # to go on from; holds all tokens but the last; not of beams
+
+
+class Streamer(Protocol):
+    """Takes ids as they are made, as transformers' streamers do: first the prompt, then token by token."""
+
+    def put(self, value: Tensor) -> None: ...
+
+    def end(self) -> None: ...
 
 
 class Record:

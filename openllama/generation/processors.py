@@ -1,18 +1,21 @@
 """Logits processors: what tokens are forbidden, forced, favoured, whatever the strategy.
 
 Pure functions of (input_ids (B, L), scores (B, V)) that return new scores; -inf is a token that cannot
-come. Arithmetic and order are those of transformers 4.31.0.
+come. Arithmetic and order are those of transformers 4.31.0. None reads a value back from the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from openllama.generation.config import GenerationConfig, as_list
-from openllama.generation.warpers import LogitsProcessor, log_normalize
+
+LogitsProcessor: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 def apply(processors: Iterable[LogitsProcessor], input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -22,23 +25,28 @@ def apply(processors: Iterable[LogitsProcessor], input_ids: Tensor, scores: Tens
     return scores
 
 
+def on_device(values: Sequence[int]) -> Callable[[torch.device], Tensor]:
+    """Ids as a tensor that is copied to a device once, not for every token."""
+    return functools.cache(lambda device: torch.tensor(values, device=device))
+
+
 def sequence_bias(bias: Mapping[tuple[int, ...], float]) -> LogitsProcessor:
     """Add a number to the token that would complete a sequence.
 
-    {(7,): 1.0, (5, 7): -2.0}: 7 gets +1 anywhere and, after 5, another -2. As in transformers, the
-    text must have as many tokens as the sequence already, so the second one is not seen when 5 is all
+    {(7,): 1.0, (5, 7): -2.0}: 7 gets +1 anywhere and, after 5, another -2. As in transformers, there
+    must be as many ids as the sequence has already, so the second one is not seen when 5 is all
     there is.
     """
+    terms = [(on_device(beginning), len(beginning), last, value) for (*beginning, last), value in bias.items()]
 
     def process(input_ids: Tensor, scores: Tensor) -> Tensor:
         total = torch.zeros_like(scores)
-        for (*beginning, last), value in bias.items():
-            length = len(beginning)
+        for beginning, length, last, value in terms:
             if length == 0:
                 total[:, last] += value
             elif length < input_ids.shape[1]:
-                matches = (input_ids[:, -length:] == input_ids.new_tensor(beginning)).all(dim=1)
-                total[matches, last] += value
+                matches = (input_ids[:, -length:] == beginning(input_ids.device)).all(dim=1)
+                total[:, last] = torch.where(matches, total[:, last] + value, total[:, last])
         return scores + total
 
     return process
@@ -51,7 +59,7 @@ def bad_words(words: Sequence[Sequence[int]], eos_token_ids: Sequence[int]) -> L
 
 
 def repetition_penalty(penalty: float) -> LogitsProcessor:
-    """Make the tokens of the text less likely (Keskar et al. 2019): penalty 2 turns 3 into 1.5 and -1 into -2."""
+    """Make tokens that have come less likely (Keskar et al. 2019): penalty 2 turns 3 into 1.5 and -1 into -2."""
 
     def process(input_ids: Tensor, scores: Tensor) -> Tensor:
         seen = scores.gather(1, input_ids)
@@ -61,7 +69,7 @@ def repetition_penalty(penalty: float) -> LogitsProcessor:
 
 
 def no_repeat_ngram(size: int) -> LogitsProcessor:
-    """Forbid tokens that would repeat ``size`` tokens of the text: size 2 and text 4 5 4 forbid 5."""
+    """Forbid tokens that would repeat ``size`` tokens: size 2 and ids 4 5 4 forbid 5."""
 
     def process(input_ids: Tensor, scores: Tensor) -> Tensor:
         length = input_ids.shape[1]
@@ -69,31 +77,34 @@ def no_repeat_ngram(size: int) -> LogitsProcessor:
             return scores
         windows = input_ids.unfold(1, size, 1)  # (B, L - size + 1, size)
         ending = input_ids[:, length - size + 1 :]  # (B, size - 1)
-        row, start = (windows[:, :, :-1] == ending[:, None]).all(dim=-1).nonzero(as_tuple=True)
-        return scores.index_put((row, windows[row, start, -1]), scores.new_tensor(-torch.inf))
+        matches = (windows[:, :, :-1] == ending[:, None]).all(dim=-1)
+        forbidden = torch.zeros_like(scores).scatter_add(1, windows[:, :, -1], matches.to(scores.dtype))
+        return scores.masked_fill(forbidden > 0, -torch.inf)
 
     return process
 
 
 def suppress(tokens: Sequence[int], first: int = 0, end: int | None = None) -> LogitsProcessor:
-    """Forbid ``tokens`` while the text is at least ``first`` and less than ``end`` tokens long."""
+    """Forbid ``tokens`` while there are at least ``first`` and fewer than ``end`` ids."""
+    forbidden = on_device(tokens)
 
     def process(input_ids: Tensor, scores: Tensor) -> Tensor:
         length = input_ids.shape[1]
         if length < first or (end is not None and length >= end):
             return scores
-        return scores.index_fill(1, input_ids.new_tensor(tokens), -torch.inf)
+        return scores.index_fill(1, forbidden(scores.device), -torch.inf)
 
     return process
 
 
 def force(tokens: Sequence[int], length: int) -> LogitsProcessor:
     """After ``length`` tokens one of ``tokens`` must come: they score 0, all others -inf."""
+    forced = on_device(tokens)
 
     def process(input_ids: Tensor, scores: Tensor) -> Tensor:
         if input_ids.shape[1] != length:
             return scores
-        return torch.full_like(scores, -torch.inf).index_fill(1, input_ids.new_tensor(tokens), 0.0)
+        return torch.full_like(scores, -torch.inf).index_fill(1, forced(scores.device), 0.0)
 
     return process
 
@@ -108,17 +119,23 @@ def exponential_decay(start: int, factor: float, eos_token_ids: Sequence[int]) -
 
     Start 10, factor 1.5, 12 tokens: 2.0 becomes 4.5. A negative score moves the other way, -2.0 to
     -4.5: that is what transformers 4.31.0 does, and with beams, whose scores are log-probabilities,
-    a factor below 1 is the one that ends a text sooner.
+    a factor below 1 is the one that ends a sequence sooner.
     """
+    ends = on_device(eos_token_ids)
 
     def process(input_ids: Tensor, scores: Tensor) -> Tensor:
         beyond = input_ids.shape[1] - start
         if beyond <= 0:
             return scores
-        eos = input_ids.new_tensor(eos_token_ids)
+        eos = ends(scores.device)
         return scores.index_copy(1, eos, scores[:, eos] * factor**beyond)
 
     return process
+
+
+def log_normalize(input_ids: Tensor, scores: Tensor) -> Tensor:
+    """Scores as log-probabilities: their exponentials sum to 1."""
+    return scores.log_softmax(dim=-1)
 
 
 def processors_for(config: GenerationConfig, prompt_length: int) -> list[LogitsProcessor]:
@@ -157,6 +174,6 @@ def processors_for(config: GenerationConfig, prompt_length: int) -> list[LogitsP
 def all_processors(
     config: GenerationConfig, prompt_length: int, custom: Iterable[LogitsProcessor]
 ) -> list[LogitsProcessor]:
-    """The configured processors, then a caller's own, then the normalisation; warpers come after all of them."""
+    """The configured processors, then a caller's own, then the normalisation; sampling filters come after all."""
     processors = [*processors_for(config, prompt_length), *custom]
     return [*processors, log_normalize] if config.renormalize_logits else processors

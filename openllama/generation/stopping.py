@@ -1,6 +1,6 @@
 """When to stop, besides eos and length: functions of (input_ids (B, L), scores (B, V)), asked after each token.
 
-They return one bool for all texts, as in transformers, or a bool tensor (B,), one per text.
+They return one bool for all sequences, as in transformers, or a bool tensor (B,), one per sequence.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ StoppingCriterion: TypeAlias = Callable[[Tensor, Tensor], "bool | Tensor"]
 
 
 def max_time(seconds: float) -> StoppingCriterion:
-    """Stop all texts once ``seconds`` have passed; the clock starts now."""
+    """Stop all sequences once ``seconds`` have passed; the clock starts now."""
     start = time.monotonic()
     return lambda input_ids, scores: time.monotonic() - start > seconds
 
 
 def stopped(criteria: Iterable[StoppingCriterion], input_ids: Tensor, scores: Tensor) -> Tensor:
-    """Which texts any of the criteria ends, (B,)."""
+    """Which sequences any of the criteria ends, (B,)."""
     result = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     for criterion in criteria:
-        result = result | torch.as_tensor(criterion(input_ids, scores), device=input_ids.device)
+        answer = criterion(input_ids, scores)
+        result |= answer.to(result.device, torch.bool) if isinstance(answer, Tensor) else bool(answer)
     return result

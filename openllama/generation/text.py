@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from openllama.errors import InputError
-from openllama.generation.score import Score, score
+from openllama.generation.loop import stream
+from openllama.generation.scoring import Score, score
+from openllama.generation.state import LanguageModel
 from openllama.generation.stopping import StoppingCriterion
 from openllama.tokenizer import OpenLlamaTokenizer, StreamDecoder
 
 if TYPE_CHECKING:
-    from openllama.interface import OpenLlamaForCausalLM
+    from typing_extensions import Unpack
+
+    from openllama.generation.arguments import Arguments
 
 
 def stream_text(
-    model: OpenLlamaForCausalLM,
+    model: LanguageModel,
     tokenizer: OpenLlamaTokenizer,
     prompt: str,
     stop_strings: Sequence[str] = (),
-    **arguments: Any,
+    **arguments: Unpack[Arguments],
 ) -> Iterator[str]:
     """The continuation of ``prompt`` as it is made, whole characters at a time, up to the first stop string.
 
@@ -29,7 +33,7 @@ def stream_text(
     """
     _check(stop_strings)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
-    return until(decoded(tokenizer, ids[0].tolist(), model.stream(ids, **arguments)), stop_strings)
+    return until(decoded(tokenizer, ids[0].tolist(), stream(model, ids, **arguments)), stop_strings)
 
 
 def decoded(tokenizer: OpenLlamaTokenizer, prompt: Iterable[int], tokens: Iterable[Tensor | int]) -> Iterator[str]:
@@ -61,7 +65,7 @@ def until(pieces: Iterable[str], stop_strings: Sequence[str]) -> Iterator[str]:
 
 
 def stop_at(tokenizer: OpenLlamaTokenizer, stop_strings: Sequence[str], prompt_length: int) -> StoppingCriterion:
-    """A criterion that ends each text whose continuation contains one of the strings; for batches and beams.
+    """A criterion that ends each sequence whose continuation, as text, contains one of the strings; for batches, beams.
 
     The string stays in the ids; ``"".join(until([text], stop_strings))`` cuts a text before it.
     """
@@ -75,7 +79,7 @@ def stop_at(tokenizer: OpenLlamaTokenizer, stop_strings: Sequence[str], prompt_l
 
 
 def score_texts(
-    model: OpenLlamaForCausalLM, tokenizer: OpenLlamaTokenizer, texts: Sequence[str], batch_size: int = 8
+    model: LanguageModel, tokenizer: OpenLlamaTokenizer, texts: Sequence[str], batch_size: int = 8
 ) -> list[Score]:
     """Log-probabilities and perplexity of texts, encoded as the tokenizer is set to; see ``score``."""
     return score(model, tokenizer(texts).input_ids, batch_size)

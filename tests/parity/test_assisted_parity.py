@@ -19,7 +19,7 @@ from tests.oracle import compared
 from tests.parity import draws
 from tests.parity.generation import models
 
-pytestmark = pytest.mark.filterwarnings("ignore:a text of more than")
+pytestmark = pytest.mark.filterwarnings("ignore:a sequence of more than")
 
 unpadded = models(rope_scaling=None, pad_token_id=0)  # HF drops the mask here; dynamic RoPE remembers rejected guesses
 

@@ -15,14 +15,14 @@ from tests.parity.generation import (
     ALL_OUTPUTS,
     assert_same_outputs,
     both,
+    filterings,
     lengths,
     models,
     processings,
     prompts,
-    warpings,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:a text of more than")
+pytestmark = pytest.mark.filterwarnings("ignore:a sequence of more than", "ignore:min_new_tokens")
 
 SCORES = {"return_dict_in_generate": True, "output_scores": True}
 varied: list[bool] = []
@@ -53,13 +53,13 @@ def test_beam_search_equals_hf(data, config, seed, settings):
 
 
 @examples(40)
-@given(data=st.data(), config=models(), seed=draws.seeds, settings=beams(), warping=warpings)
-def test_beam_sampling_equals_hf_under_the_same_seed(data, config, seed, settings, warping):
+@given(data=st.data(), config=models(), seed=draws.seeds, settings=beams(), filtering=filterings)
+def test_beam_sampling_equals_hf_under_the_same_seed(data, config, seed, settings, filtering):
     prompt = data.draw(prompts(config))
     if data.draw(st.booleans()):
         settings.update(data.draw(processings(config)))
     settings["num_return_sequences"] = data.draw(st.integers(1, 3))
-    expected, output = both(config, seed, prompt, do_sample=True, **{**settings, **warping}, **SCORES)
+    expected, output = both(config, seed, prompt, do_sample=True, **{**settings, **filtering}, **SCORES)
     assert_same_outputs(output, expected, tensors=False, prompt=prompt["input_ids"].shape[1])
     compared["models, beam sampling"] += 1
 

@@ -12,7 +12,7 @@ from tests.oracle import compared
 from tests.parity import draws
 from tests.parity.generation import ALL_OUTPUTS, assert_same_outputs, both, lengths, models, processings, prompts
 
-pytestmark = pytest.mark.filterwarnings("ignore:a text of more than")
+pytestmark = pytest.mark.filterwarnings("ignore:a sequence of more than", "ignore:min_new_tokens")
 
 
 @examples(30)

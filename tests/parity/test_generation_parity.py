@@ -12,16 +12,17 @@ from tests.oracle import compared
 from tests.parity import draws
 from tests.parity.generation import (
     ALL_OUTPUTS,
+    Products,
     assert_same_outputs,
     both,
+    filterings,
     lengths,
     models,
     processings,
     prompts,
-    warpings,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:a text of more than")
+pytestmark = pytest.mark.filterwarnings("ignore:a sequence of more than", "ignore:min_new_tokens")
 
 #: greedy continuations that were not one token again and again, so that equality says something
 varied: list[bool] = []
@@ -47,7 +48,7 @@ def test_greedy_ids_equal_hf_with_processors(data, config, seed):
 
 
 @examples(40)
-@given(data=st.data(), config=models(), seed=draws.seeds, settings=warpings, copies=st.integers(1, 3))
+@given(data=st.data(), config=models(), seed=draws.seeds, settings=filterings, copies=st.integers(1, 3))
 def test_sampled_ids_equal_hf_under_the_same_seed(data, config, seed, settings, copies):
     prompt = data.draw(prompts(config))
     processing = data.draw(processings(config)) if data.draw(st.booleans()) else {}
@@ -85,6 +86,52 @@ def test_ids_continued_from_past_key_values_equal_hf(config, seed, length):
         past = hf(ids[:, :-1]).past_key_values
     expected = hf.generate(ids, past_key_values=past, attention_mask=mask, max_new_tokens=6)
     assert torch.equal(ours.generate(ids, past_key_values=past, attention_mask=mask, max_new_tokens=6), expected)
+
+
+STRATEGIES = (
+    {},
+    {"use_cache": False},
+    {"do_sample": True},
+    {"num_beams": 3},
+    {"num_beams": 2, "do_sample": True},
+    {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0},
+    {"penalty_alpha": 0.6, "top_k": 4},
+)
+
+
+@examples(30)
+@given(
+    data=st.data(),
+    config=models(shared_input_output_embedding=False),
+    seed=draws.seeds,
+    strategy=st.sampled_from(STRATEGIES),
+)
+def test_every_product_of_eager_generation_has_hfs_shapes_strides_and_alignment(data, config, seed, strategy):
+    hf = draws.hf_model(config, seed)
+    ours = draws.our_twin(hf, config)
+    prompt, lists = data.draw(prompts(config)), []
+    for model in (hf, ours):
+        torch.manual_seed(seed)
+        with Products() as products:
+            model.generate(**prompt, max_new_tokens=7, **strategy)
+        lists.append(products.seen)
+    assert len(lists[0]) > 10
+    assert lists[1] == lists[0]
+    compared["models, products of generate"] += 1
+
+
+def test_more_new_tokens_than_there_is_room_for_give_hfs_ids():
+    config = draws.OpenLlamaConfig(
+        vocab_size=20, hidden_size=16, num_attention_heads=2, num_hidden_layers=1, initializer_range=0.5
+    )
+    prompt = {"input_ids": torch.tensor([[5, 9, 13]])}
+    free, _ = both(config, 1, prompt, max_new_tokens=6)
+    eos = int(free[0, 4])
+    with pytest.warns(UserWarning, match="min_new_tokens 9 is above the 6"):
+        expected, ids = both(config, 1, prompt, max_new_tokens=6, min_new_tokens=9, eos_token_id=eos)
+    assert torch.equal(ids, expected)
+    assert ids.shape[1] == 9
+    assert eos not in ids[0, 3:]
 
 
 def test_the_drawn_continuations_were_not_constant():

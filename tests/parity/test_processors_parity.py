@@ -1,4 +1,4 @@
-"""Every processor and warper is bitwise equal to the class of transformers 4.31.0 that it stands for."""
+"""Every processor and sampling filter is bitwise equal to the class of transformers 4.31.0 that it stands for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from openllama.generation import GenerationConfig, processors, warpers
+from openllama.generation import GenerationConfig, processors, sampling
 from openllama.generation.beam import Diversity
 from tests.draw import examples
 from tests.oracle import compared, transformers
@@ -19,15 +19,15 @@ from tests.parity import draws
 
 hf = transformers.generation.logits_process
 
-WARPERS = ("temperature", "top_k", "top_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+FILTERS = ("temperature", "top_k", "top_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 mass = st.floats(0.01, 0.99)
 PAIRS: dict[str, tuple[st.SearchStrategy[Any], Callable[..., Any], Callable[..., Any]]] = {
-    "temperature": (st.floats(0.05, 10), hf.TemperatureLogitsWarper, warpers.temperature),
-    "top_k": (st.integers(1, 30), hf.TopKLogitsWarper, warpers.top_k),
-    "top_p": (mass, hf.TopPLogitsWarper, warpers.top_p),
-    "typical_p": (mass, hf.TypicalLogitsWarper, warpers.typical_p),
-    "epsilon_cutoff": (mass, hf.EpsilonLogitsWarper, warpers.epsilon_cutoff),
-    "eta_cutoff": (mass, hf.EtaLogitsWarper, warpers.eta_cutoff),
+    "temperature": (st.floats(0.05, 10), hf.TemperatureLogitsWarper, sampling.temperature),
+    "top_k": (st.integers(1, 30), hf.TopKLogitsWarper, sampling.top_k),
+    "top_p": (mass, hf.TopPLogitsWarper, sampling.top_p),
+    "typical_p": (mass, hf.TypicalLogitsWarper, sampling.typical_p),
+    "epsilon_cutoff": (mass, hf.EpsilonLogitsWarper, sampling.epsilon_cutoff),
+    "eta_cutoff": (mass, hf.EtaLogitsWarper, sampling.eta_cutoff),
     "repetition_penalty": (st.floats(0.1, 5), hf.RepetitionPenaltyLogitsProcessor, processors.repetition_penalty),
     "no_repeat_ngram_size": (st.integers(1, 4), hf.NoRepeatNGramLogitsProcessor, processors.no_repeat_ngram),
     "suppress_tokens": (
@@ -103,7 +103,7 @@ def test_each_processor_equals_hf(name, data):
     values, hf_class, our_function = PAIRS[name]
     ids, scores = data.draw(texts_and_scores(data.draw(st.sampled_from((12, 40)))))
     value = data.draw(values)
-    if name in WARPERS[1:]:  # with beams, two tokens stay
+    if name in FILTERS[1:]:  # with beams, two tokens stay
         keep = data.draw(st.integers(1, 2))
         check(our_function(value, keep), hf_class(value, min_tokens_to_keep=keep), ids, scores, name)
     else:
@@ -146,7 +146,7 @@ def test_remove_invalid_values_equals_hf(case, seed):
 @examples(25)
 @given(case=texts_and_scores())
 def test_renormalisation_equals_hf(case):
-    check(warpers.log_normalize, hf.LogitNormalization(), *case, "renormalize_logits")
+    check(processors.log_normalize, hf.LogitNormalization(), *case, "renormalize_logits")
 
 
 @examples(25)
@@ -188,14 +188,14 @@ def test_the_configured_order_is_hfs():
         "eos_token_id": 2,
         "max_length": 30,
     }
-    warping = dict(zip(WARPERS, (0.7, 9, 0.9, 0.9, 0.02, 0.01), strict=True))
-    theirs = transformers.GenerationConfig(**settings, **warping)
-    ours = GenerationConfig(**settings, **warping, do_sample=True)
+    filtering = dict(zip(FILTERS, (0.7, 9, 0.9, 0.9, 0.02, 0.01), strict=True))
+    theirs = transformers.GenerationConfig(**settings, **filtering)
+    ours = GenerationConfig(**settings, **filtering, do_sample=True)
     model = draws.hf_model(draws.OpenLlamaConfig(vocab_size=12, hidden_size=8, num_attention_heads=2), 0)
     for length in range(5, 12):
         ids = torch.randint(3, 6, (4, length), generator=torch.Generator().manual_seed(length))
         scores = torch.randn(4, 12, generator=torch.Generator().manual_seed(length))
         hf_list = model._get_logits_processor(theirs, 5, ids, None, hf.LogitsProcessorList())
         expected = model._get_logits_warper(theirs)(ids, hf_list(ids, scores.clone()))
-        processing = [*processors.all_processors(ours, 5, ()), *warpers.warpers_for(ours)]
+        processing = [*processors.all_processors(ours, 5, ()), *sampling.filters_for(ours)]
         assert torch.equal(processors.apply(processing, ids, scores), expected)

@@ -1,63 +1,27 @@
-"""A call of ``generate``, checked before any forward pass and settled: what is read, what is wanted."""
+"""A call of ``generate``, checked and completed before any forward pass; what comes out is trusted."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from openllama.cache import Cache, GrowingCache, KeyValue
+from openllama.cache import Cache, KeyValue
 from openllama.checks import as_cache, check_attention_mask, check_input_ids, check_inputs_embeds, check_tensor
 from openllama.config import OpenLlamaConfig
 from openllama.errors import InputError
 from openllama.generation.config import GenerationConfig, as_list
-from openllama.generation.processors import all_processors
-from openllama.generation.stopping import StoppingCriterion, max_time, stopped
-from openllama.generation.warpers import LogitsProcessor, warpers_for
-
-if TYPE_CHECKING:
-    from openllama.interface import OpenLlamaForCausalLM
-
-
-@dataclass(frozen=True)
-class Request:
-    """Everything one generation needs."""
-
-    input_ids: Tensor  # (B, L), begins the output
-    attention_mask: Tensor  # (B, S), over cached tokens and prompt
-    config: GenerationConfig  # its max_length is settled
-    inputs_embeds: Tensor | None = None  # (B, E, C), computed in place of the prompt's ids
-    past: Cache | None = None
-    processors: Sequence[LogitsProcessor] = ()
-    warpers: Sequence[LogitsProcessor] = ()  # of sampling, after the processors
-    stopping: Sequence[StoppingCriterion] = ()
-    generator: torch.Generator | None = None
-    assistant: OpenLlamaForCausalLM | None = None
-
-    def ended(self, ids: Tensor, scores: Tensor) -> Tensor:
-        """Which texts (B, L) end with their last token, picked by ``scores``; (B,)."""
-        eos = ids.new_tensor(self.config.eos_token_ids)
-        return torch.isin(ids[:, -1], eos) | stopped(self.stopping, ids, scores)
-
-    def repeated(self, copies: int) -> Request:
-        """Each prompt ``copies`` times, next to each other: rows a, b -> a, a, b, b; the past is copied."""
-        if copies == 1:
-            return self
-        rows = torch.arange(len(self.input_ids), device=self.input_ids.device).repeat_interleave(copies)
-        return replace(
-            self,
-            input_ids=self.input_ids[rows],
-            attention_mask=self.attention_mask[rows],
-            inputs_embeds=None if self.inputs_embeds is None else self.inputs_embeds[rows],
-            past=None if self.past is None else GrowingCache(self.past).reorder(rows),
-        )
+from openllama.generation.processors import LogitsProcessor, all_processors
+from openllama.generation.sampling import filters_for
+from openllama.generation.state import LanguageModel, Request, has_own_inputs
+from openllama.generation.stopping import StoppingCriterion, max_time
 
 
 def prepare(
-    model: OpenLlamaForCausalLM,
+    model: LanguageModel,
     input_ids: Tensor | None = None,
     *,
     attention_mask: Tensor | None = None,
@@ -66,17 +30,17 @@ def prepare(
     generation_config: GenerationConfig | None = None,
     logits_processor: Sequence[LogitsProcessor] | None = None,
     stopping_criteria: Sequence[StoppingCriterion] | None = None,
-    assistant_model: OpenLlamaForCausalLM | None = None,
+    assistant_model: LanguageModel | None = None,
     generator: torch.Generator | None = None,
     **options: Any,
 ) -> Request:
     """Check a call of ``generate`` before any forward pass; raises ``InputError``.
 
-    ``input_ids`` (B, L): the prompt; without one the text begins with the bos id. ``attention_mask`` (B, L):
+    ``input_ids`` (B, L): the prompt; without one the output begins with the bos id. ``attention_mask`` (B, L):
     0 for padding, inferred from the padding id. ``inputs_embeds`` (B, E, C): computed in place of the ids.
     ``past_key_values``: of the prompt's first tokens; a ``PreallocatedCache`` with room for all is used
     itself, another past is copied. ``generation_config``: instead of the model's own; ``options`` are fields
-    of it. ``logits_processor``: after the configured ones, before the warpers. ``stopping_criteria``: asked
+    of it. ``logits_processor``: after the configured ones, before sampling filters. ``stopping_criteria``: asked
     after each token. ``assistant_model``: guesses tokens ahead. ``generator``: None is torch's global one.
     """
     _check_types(generation_config, logits_processor, stopping_criteria, assistant_model, generator)
@@ -85,15 +49,26 @@ def prepare(
     if inputs_embeds is not None:
         config = config.replace(use_cache=True)  # they cannot be computed again from ids
     config = _settle_length(config, input_ids.shape[1])
-    past = None if past_key_values is None else as_cache(past_key_values, len(input_ids), model.config, model.dtype)
-    mask = _prompt_mask(input_ids, attention_mask, inputs_embeds, past, config).to(model.device)
-    processors, warpers = all_processors(config, input_ids.shape[1], logits_processor or ()), warpers_for(config)
+    past = None
+    if past_key_values is not None:
+        past = as_cache(past_key_values, len(input_ids), model.config, model.dtype, model.device)
+    mask, width = _prompt_mask(input_ids, attention_mask, inputs_embeds, past, config)
     stopping = [max_time(config.max_time)] if config.max_time is not None else []
     stopping += stopping_criteria or ()
     request = Request(
-        input_ids, mask, config, inputs_embeds, past, processors, warpers, stopping, generator, assistant_model
+        input_ids=input_ids,
+        attention_mask=mask,
+        config=config,
+        extra=width - input_ids.shape[1],
+        inputs_embeds=inputs_embeds,
+        past=past,
+        processors=all_processors(config, input_ids.shape[1], logits_processor or ()),
+        filters=filters_for(config),
+        stopping=stopping,
+        generator=generator,
+        assistant=assistant_model,
     )
-    _check(request, model.config.vocab_size)
+    _check(request, model)
     return request.repeated(config.num_return_sequences if config.do_sample else 1)
 
 
@@ -114,7 +89,7 @@ def _check_types(config: object, processors: object, criteria: object, assistant
 
 
 def _prompt_ids(
-    model: OpenLlamaForCausalLM, input_ids: Tensor | None, inputs_embeds: Tensor | None, config: GenerationConfig
+    model: LanguageModel, input_ids: Tensor | None, inputs_embeds: Tensor | None, config: GenerationConfig
 ) -> Tensor:
     """The ids that begin the output, (B, L): those given, or bos."""
     if inputs_embeds is not None:
@@ -130,10 +105,10 @@ def _prompt_ids(
 
 def _prompt_mask(
     input_ids: Tensor, mask: Tensor | None, inputs_embeds: Tensor | None, past: Cache | None, config: GenerationConfig
-) -> Tensor:
-    """The padding mask over cached tokens and prompt, given or inferred, (B, S).
+) -> tuple[Tensor | None, int]:
+    """The padding mask over cached tokens and prompt, given or inferred, (B, S), None if it is all ones; and S.
 
-    With n tokens cached, the ids may be the whole text, or only what is new if the mask covers both.
+    With n tokens cached, the ids may be of all tokens, or only of the new ones if the mask covers both.
     """
     batch, length = input_ids.shape if inputs_embeds is None else inputs_embeds.shape[:2]
     cached = 0 if past is None else past.get_seq_length()
@@ -149,14 +124,14 @@ def _prompt_mask(
             "as input_ids, or only the new ones and an attention_mask over both"
         )
     full = cached + length if width == cached + length else length
-    check_attention_mask(mask, batch, full - cached, full)
+    nothing_is_padding = check_attention_mask(mask, batch, full - cached, full)
     if mask.ndim != 2:
         raise InputError(f"generate takes a padding mask ({batch}, {full}), got {tuple(mask.shape)}")
-    return mask
+    return None if nothing_is_padding else mask.to(input_ids.device), full
 
 
 def _infer_mask(input_ids: Tensor, config: GenerationConfig) -> Tensor:
-    """Padding ids are padding, unless the same id also ends a text; as transformers infers it."""
+    """Padding ids are padding, unless the same id also ends a sequence; as transformers infers it."""
     if config.pad_token_id is None or config.pad_token_id in config.eos_token_ids:
         return torch.ones_like(input_ids)
     return (input_ids != config.pad_token_id).to(input_ids.dtype)
@@ -172,15 +147,19 @@ def _settle_length(config: GenerationConfig, length: int) -> GenerationConfig:
     if (config.min_length or 0) > most:
         raise InputError(f"min_length {config.min_length} is above the {most} tokens of max_length; lower it")
     if (config.min_new_tokens or 0) > most - length:
-        raise InputError(f"min_new_tokens {config.min_new_tokens} is above the {most - length} there is room for")
+        warnings.warn(
+            f"min_new_tokens {config.min_new_tokens} is above the {most - length} there is room for: no sequence will "
+            f"end before max_length {most}",
+            stacklevel=5,
+        )
     return config
 
 
-def _check(request: Request, vocab_size: int) -> None:
-    _check_ids(request.config, vocab_size)
-    _check_padding(request, vocab_size)
+def _check(request: Request, model: LanguageModel) -> None:
+    _check_ids(request.config, model.config.vocab_size)
+    _check_padding(request, model.config.vocab_size)
     _check_combination(request)
-    _check_guessing(request, vocab_size)
+    _check_guessing(request, model)
 
 
 def _check_ids(config: GenerationConfig, vocab_size: int) -> None:
@@ -198,17 +177,16 @@ def _check_ids(config: GenerationConfig, vocab_size: int) -> None:
         for token in ids:
             if not 0 <= token < vocab_size:
                 raise InputError(f"{name} {token} is outside the vocabulary of {vocab_size}")
-    if not all(config.bad_words_ids or ()):
-        raise InputError("bad_words_ids has a word of no tokens; give at least one id")
 
 
 def _check_padding(request: Request, vocab_size: int) -> None:
-    """A text that ends before others is followed by padding, which the model must be able to read."""
+    """A sequence that ends before others is followed by padding, which the model must be able to read."""
     config = request.config
     rows = len(request.input_ids) * config.num_beams * config.num_return_sequences
     if rows > 1 and (config.eos_token_ids or request.stopping) and not 0 <= config.padding_id < vocab_size:
         raise InputError(
-            f"pad_token_id {config.padding_id} is outside the vocabulary of {vocab_size}; it pads texts that end early"
+            f"pad_token_id {config.padding_id} is outside the vocabulary of {vocab_size}; it pads sequences that end "
+            "early"
         )
 
 
@@ -240,7 +218,7 @@ def _check_combination(request: Request) -> None:
         raise InputError("exponential_decay_length_penalty needs an eos_token_id")
 
 
-def _check_guessing(request: Request, vocab_size: int) -> None:
+def _check_guessing(request: Request, model: LanguageModel) -> None:
     """Assisted decoding and prompt lookup: what they cannot be combined with."""
     config, assistant = request.config, request.assistant
     name = "prompt_lookup_num_tokens" if assistant is None else "assistant_model"
@@ -252,8 +230,12 @@ def _check_guessing(request: Request, vocab_size: int) -> None:
         raise InputError(f"{name} serves greedy search and sampling, not num_beams or penalty_alpha")
     if len(request.input_ids) * config.num_return_sequences > 1:
         rows = f"{len(request.input_ids)} prompts and num_return_sequences {config.num_return_sequences}"
-        raise InputError(f"{name} continues one text at a time, got {rows}")
+        raise InputError(f"{name} continues one sequence at a time, got {rows}")
     if not config.use_cache or request.inputs_embeds is not None:
         raise InputError(f"{name} needs use_cache=True and input_ids instead of inputs_embeds")
-    if assistant is not None and assistant.config.vocab_size != vocab_size:
-        raise InputError(f"assistant_model has a vocabulary of {assistant.config.vocab_size}, the model {vocab_size}")
+    if not all(has_own_inputs(one) for one in (model, assistant or model)):
+        raise InputError(f"{name} needs the model's own prepare_inputs_for_generation, which has been replaced")
+    if assistant is not None and assistant.config.vocab_size != model.config.vocab_size:
+        raise InputError(
+            f"assistant_model has a vocabulary of {assistant.config.vocab_size}, the model {model.config.vocab_size}"
+        )

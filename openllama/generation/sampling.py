@@ -1,21 +1,24 @@
-"""Warpers: processors that reshape the distribution that sampling draws from, mostly by cutting its tail.
+"""Sampling: the draw, and filters that reshape the distribution before it, mostly by cutting its tail.
 
-Pure functions of (input_ids (B, L), scores (B, V)) that return new scores; -inf is a token that cannot
-be drawn. Arithmetic and order are those of transformers 4.31.0, so that the same seed draws the same
-tokens. ``keep`` tokens always stay: 1, or 2 for beams, which need one that does not end the text.
+Filters are processors: pure functions of (input_ids (B, L), scores (B, V)) that return new scores; -inf is a
+token that cannot be drawn. Arithmetic and order are those of transformers 4.31.0, so that the same seed draws
+the same tokens. ``keep`` tokens always stay: 1, or 2 for beams, which need one that does not end the sequence.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from openllama.generation.config import GenerationConfig
+from openllama.generation.processors import LogitsProcessor, log_normalize
 
-LogitsProcessor: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+def pick(scores: Tensor, do_sample: bool, generator: torch.Generator | None = None) -> Tensor:
+    """One token per row of scores (B, V) -> (B,): drawn, or the first of the highest."""
+    if not do_sample:
+        return scores.argmax(dim=-1)
+    return torch.multinomial(scores.softmax(dim=-1), num_samples=1, generator=generator).squeeze(1)
 
 
 def temperature(value: float) -> LogitsProcessor:
@@ -93,40 +96,35 @@ def eta_cutoff(least: float, keep: int = 1) -> LogitsProcessor:
     """
 
     def process(input_ids: Tensor, scores: Tensor) -> Tensor:
-        entropy = torch.distributions.Categorical(logits=scores).entropy()
-        limit = torch.tensor(least, device=scores.device)
+        entropy = torch.distributions.Categorical(logits=scores, validate_args=False).entropy()
+        limit = torch.full((), least, device=scores.device)
         bar = torch.minimum(limit, limit.sqrt() * (-entropy).exp())[:, None]
         return _drop(scores, (scores.softmax(dim=-1) < bar) & (scores < _nth_highest(scores, keep)))
 
     return process
 
 
-def log_normalize(input_ids: Tensor, scores: Tensor) -> Tensor:
-    """Scores as log-probabilities: their exponentials sum to 1."""
-    return scores.log_softmax(dim=-1)
-
-
-def warpers_for(config: GenerationConfig) -> list[LogitsProcessor]:
-    """The warpers a config asks for, in the order they apply; only sampling has any."""
+def filters_for(config: GenerationConfig) -> list[LogitsProcessor]:
+    """The sampling filters a config asks for, in the order they apply; without sampling there are none."""
     if not config.do_sample:
         return []
     keep = 2 if config.num_beams > 1 else 1
-    warpers = []
+    filters = []
     if config.temperature not in (None, 1.0):
-        warpers.append(temperature(config.temperature))
+        filters.append(temperature(config.temperature))
     if config.top_k:
-        warpers.append(top_k(config.top_k, keep))
+        filters.append(top_k(config.top_k, keep))
     if config.top_p not in (None, 1.0):
-        warpers.append(top_p(config.top_p, keep))
+        filters.append(top_p(config.top_p, keep))
     if config.min_p:
-        warpers.append(min_p(config.min_p, keep))
+        filters.append(min_p(config.min_p, keep))
     if config.typical_p not in (None, 1.0):
-        warpers.append(typical_p(config.typical_p, keep))
+        filters.append(typical_p(config.typical_p, keep))
     if config.epsilon_cutoff:
-        warpers.append(epsilon_cutoff(config.epsilon_cutoff, keep))
+        filters.append(epsilon_cutoff(config.epsilon_cutoff, keep))
     if config.eta_cutoff:
-        warpers.append(eta_cutoff(config.eta_cutoff, keep))
-    return [*warpers, log_normalize] if config.renormalize_logits else warpers
+        filters.append(eta_cutoff(config.eta_cutoff, keep))
+    return [*filters, log_normalize] if config.renormalize_logits else filters
 
 
 def _nth_highest(scores: Tensor, count: int) -> Tensor:
