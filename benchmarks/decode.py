@@ -1,9 +1,9 @@
-"""Time per decoded token at several lengths of text: our preallocated cache beside HF's concatenating one.
+"""Time per decoded token at several context lengths: our preallocated cache and HF's concatenating cache.
 
     python benchmarks/decode.py [--contexts 128 512 2048] [--hidden-size N] ...
 
 Both models have the same random float32 weights and decode the same tokens, in turns within one process;
-a figure is the median over repeats. What should hold on any machine is the ratio, and that ours stays flat.
+a figure is the median over all tokens. On any machine the ratio should be alike and our time nearly constant.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from openllama.checkpoint import hf_to_native
 
 
 def build(options: argparse.Namespace) -> tuple[OpenLlamaForCausalLM, Any]:
-    """Our model and transformers' 4.31.0 with the same weights."""
+    """Our model and that of transformers 4.31.0, with the same weights."""
     import transformers
 
     config = OpenLlamaConfig(
@@ -60,7 +60,7 @@ def their_decoder(model: Any, prompt: torch.Tensor) -> Callable[[torch.Tensor], 
 
 @torch.inference_mode()
 def milliseconds(decoders: list[Callable[[torch.Tensor], Any]], tokens: int) -> list[float]:
-    """Median time of a step of each decoder, the decoders taking turns."""
+    """Median time of a step of each decoder; the decoders run in turns."""
     times: list[list[float]] = [[] for _ in decoders]
     for number in range(tokens):
         token = torch.tensor([[3 + number]])

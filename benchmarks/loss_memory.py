@@ -1,13 +1,13 @@
-"""Peak memory of one training step: ``model.loss`` against current transformers' Llama on the folded weights.
+"""Peak memory of one training step: ``model.loss`` and the Llama of current transformers, on the same weights.
 
     python benchmarks/loss_memory.py --peer-python PEER_VENV/bin/python
 
-Each model takes its step (forward and backward) in a fresh process of its own and the kernel says how
-much memory was resident at most. Folded: an Open-Llama with stable and shared embeddings is a plain
-Llama whose input table is LayerNorm(E) and whose head is E. Both get the same random weights and ids,
-so their losses must agree; where they do not, the comparison is refused. Dropout is off: Llama has none.
+Each model runs one step (forward and backward) in a new process; the kernel reports the peak of its
+resident memory. An Open-Llama with stable and shared embeddings equals a plain Llama whose input table is
+LayerNorm(E) and whose head is E. Both get the same random weights and ids, so their losses must agree; if
+they do not, the command fails. Dropout is off, because Llama has none.
 
-The peer's interpreter needs torch (of the same version) and transformers 5, nothing of this package.
+PEER_VENV needs transformers 5 and the same version of torch as here, but not this package.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SHAPE = {  # aerner/lm-v2: 880 M parameters
 THEIRS = ("transformers", "transformers, layers recomputed")
 ROWS = (*THEIRS, "all logits", "model.loss", "model.loss, products kept", "model.loss, layers recomputed")
 DTYPES = ("bfloat16", "float16", "float32")
-TOLERANCE = 0.02  # of the two losses, about ln(vocab_size); half precision rounds the folded table
+TOLERANCE = 0.02  # of the losses, which are about ln(vocab_size); half precision rounds LayerNorm(E)
 
 
 def main() -> int:
@@ -59,7 +59,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--peer-python", help="interpreter that has transformers 5 and the same torch")
     for name, value in SHAPE.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
-    parser.add_argument("--tokens", type=int, default=2048, help="length of the one row (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens of the one sequence (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="what to measure (default: everything)")
@@ -71,7 +71,7 @@ def _options() -> argparse.Namespace:
 
 
 def _missing(peer: Path) -> str | None:
-    """What keeps the comparison from running, None if nothing."""
+    """Why the comparison cannot run, or None if it can."""
     if not Path("/proc/self/clear_refs").exists():
         return "peak memory is read from /proc, which this system does not have; run it on Linux"
     if not peer.is_file():
@@ -79,10 +79,10 @@ def _missing(peer: Path) -> str | None:
     code = "import torch, transformers; print(torch.__version__, transformers.__version__)"
     found = subprocess.run([peer, "-c", code], capture_output=True, text=True)
     if found.returncode:
-        return f"{peer} lacks what is needed ({found.stderr.strip().splitlines()[-1]}); install torch and transformers"
+        return f"{peer} lacks torch or transformers ({found.stderr.strip().splitlines()[-1]}); install both"
     torch_version, version = found.stdout.split()
     if int(version.split(".")[0]) < 5:
-        return f"{peer} has transformers {version}; needed is version 5"
+        return f"{peer} has transformers {version}; version 5 is needed"
     import torch
 
     if torch_version != torch.__version__:
@@ -108,11 +108,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     model.train()
     ids = torch.randint(options.vocab_size, (1, options.tokens), generator=torch.Generator().manual_seed(1))
 
-    loss_of(ids[:, :8]).backward()  # threads and kernels are set up once, outside the measurement
+    loss_of(ids[:, :8]).backward()  # sets up threads and kernels before the measurement
     model.zero_grad(set_to_none=True)
     gc.collect()
     before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     start = time.perf_counter()
     loss = loss_of(ids)
     loss.backward()
@@ -130,7 +130,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _status(field: str) -> int:
-    """Bytes of a field of /proc/self/status: VmRSS is resident now, VmHWM was at most."""
+    """A field of /proc/self/status in bytes: VmRSS is the resident memory, VmHWM its peak."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
@@ -185,7 +185,7 @@ def _linears(layers: Any, attention: str) -> list[Any]:
 
 
 def _draw(modules: list[Any]) -> None:
-    """The same weights for both models: theirs in the same order from the same seed."""
+    """Draw weights from one seed; both models list their modules in the same order, so they get the same weights."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -201,7 +201,7 @@ def _report(rows: dict[str, dict[str, Any]], options: argparse.Namespace) -> str
         f"{shape}; {options.dtype}, 1 x {options.tokens} tokens, forward and backward, {options.threads} threads, "
         f"torch {next(iter(rows.values()))['torch']}, {version}",
         "",
-        "| MiB | before | peak | peak - parameters - gradients | of the first row's | seconds | loss |",
+        "| MiB | before | peak | peak - parameters - gradients | relative to first row | seconds | loss |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     first: int | None = None

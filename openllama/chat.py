@@ -1,14 +1,14 @@
-"""A conversation: turns in the format a model was trained on, and a cache that computes no token twice.
+"""A conversation: turns in the format the model was trained on, and a cache, so that no token is computed twice.
 
-A template is one string in which ``{prompt}`` and ``{answer}`` stand for the two sides of a turn; what
-follows ``{answer}`` ends it. Turns are laid end to end, so that with the default, V1's and V2's own, a
+A template is a string with ``{prompt}`` and ``{answer}`` in place of the question and the answer; the text
+after ``{answer}`` ends the turn. Turns are concatenated. With the default template, that of V1 and V2, the
 model reads
 
     user:Hello
     system:Good day.</s>user:Who are you?
     system:
 
-and writes on from there.
+and continues from there.
 """
 
 from __future__ import annotations
@@ -31,32 +31,32 @@ DEFAULT_TEMPLATE = "user:{prompt}\nsystem:{answer}</s>"
 
 
 class ChatTemplate:
-    """How a turn is written: a string that holds ``{prompt}`` and then ``{answer}``, each once."""
+    """The format of a turn: a string that contains ``{prompt}`` and then ``{answer}``, each once."""
 
     def __init__(self, text: str = DEFAULT_TEMPLATE) -> None:
         before, found_prompt, rest = text.partition("{prompt}")
         between, found_answer, self.end = rest.partition("{answer}")
         if not (found_prompt and found_answer) or "{answer}" in before or "{" in between + self.end:
-            raise InputError(f"a chat template holds {{prompt}} and then {{answer}}, each once; got {text!r}")
+            raise InputError(f"a chat template must contain {{prompt}} and then {{answer}}, each once; got {text!r}")
         self._around_prompt = before, between
 
     @classmethod
     def from_file(cls, path: Path) -> ChatTemplate:
-        """The template that a text file holds, without the newline at its end."""
+        """Read the template from a text file, without the newline at its end."""
         return cls(path.read_text(encoding="utf-8", errors="surrogateescape").removesuffix("\n"))
 
     def question(self, prompt: str) -> str:
-        """A turn up to where its answer begins."""
+        """The turn up to the start of its answer."""
         return prompt.join(self._around_prompt)
 
 
 class ChatSession:
-    """The turns so far as ids, and the cache over them.
+    """The ids of all turns, and the cache of their keys and values.
 
-    Model and cache hold ``max_position_embeddings`` tokens. When a question and ``max_new_tokens``, or
-    half the context if that is less, do not fit any more the oldest turns go, and ``dropped`` says how
-    many went for the last question. ``settings`` are those of ``generate``; raises ``InputError`` for
-    those that cannot serve a conversation.
+    The context is ``max_position_embeddings`` tokens. A question needs room for itself and for an answer of
+    ``max_new_tokens``, or half the context if that is less. The oldest turns are dropped until it fits;
+    ``dropped`` is their number for the last question. ``settings`` are arguments of ``generate``; raises
+    ``InputError`` for settings that do not work in a conversation.
     """
 
     def __init__(
@@ -79,13 +79,13 @@ class ChatSession:
             raise InputError(f"a conversation has one answer to a question, not num_return_sequences={count}")
 
     def reset(self) -> None:
-        """Forget everything said."""
+        """Forget all turns."""
         self.turns: list[list[int]] = []
         self.dropped = self.answered = 0  # turns dropped for the last question, tokens of its answer
         self._cache.crop(0)
 
     def ask(self, prompt: str) -> Generator[str, None, None]:
-        """The answer as it is made, in whole characters; what was made when the caller stops is kept.
+        """The answer as it is generated, in whole characters; if the caller stops early, the part so far is kept.
 
         Raises ``InputError`` for a question that leaves no room for an answer.
         """
@@ -95,40 +95,42 @@ class ChatSession:
 
     def _answer(self, turn: list[int]) -> Generator[str, None, None]:
         self.turns.append(turn)
-        question = len(turn)
+        question_length = len(turn)
         stop_strings = [self.template.end] if self.template.end else []
         try:
             yield from until(decoded(self.tokenizer, tuple(turn), self._tokens(turn)), stop_strings)
-        finally:  # however the answer came to its end, the turn has one
-            self._cache.crop(sum(map(len, self.turns)) - 1)  # the cache never holds what was not said
-            answer = turn[question:]
+        finally:  # also if the caller stops early
+            self._cache.crop(sum(map(len, self.turns)) - 1)  # the cache must not contain tokens that are in no turn
+            answer = turn[question_length:]
             self.answered = len(answer)
             if answer[-len(self._end) :] != self._end and self.template.end not in self.tokenizer.decode(answer):
                 turn += self._end
 
     def _tokens(self, turn: list[int]) -> Iterator[Tensor]:
-        """Continue all turns, and add each token to the last."""
-        text = [token_id for turn in self.turns for token_id in turn]
-        room = self.context - len(text) - len(self._end)
-        for token in self._stream(text, min(self.max_new_tokens, room)):
+        """Continue the conversation; append each token to the last turn."""
+        ids = [token_id for turn in self.turns for token_id in turn]
+        room = self.context - len(ids) - len(self._end)
+        for token in self._stream(ids, min(self.max_new_tokens, room)):
             turn.append(int(token))
             yield token
 
-    def _stream(self, text: list[int], max_new_tokens: int) -> Iterator[Tensor]:
+    def _stream(self, ids: list[int], max_new_tokens: int) -> Iterator[Tensor]:
         ends = self._end if len(self._end) == 1 else []
         return self.model.stream(
-            ids := torch.tensor([text]),
-            attention_mask=torch.ones_like(ids),
+            input_ids := torch.tensor([ids]),
+            attention_mask=torch.ones_like(input_ids),
             past_key_values=self._cache,
             max_new_tokens=max_new_tokens,
             **{**self.settings, "eos_token_id": sorted({*self._config.eos_token_ids, *ends})},
         )
 
-    def _make_room(self, question: int) -> None:
-        """Drop the oldest turns until question and answer fit; then what stays is computed anew."""
-        needed = question + len(self._end)
+    def _make_room(self, question_length: int) -> None:
+        """Drop the oldest turns until question and answer fit; the other turns are then computed again."""
+        needed = question_length + len(self._end)
         if needed >= self.context:
-            raise InputError(f"a question of {question} tokens leaves no room for an answer in {self.context}")
+            raise InputError(
+                f"a question of {question_length} tokens leaves no room for an answer in a context of {self.context}"
+            )
         self.dropped = 0
         answer = min(self.max_new_tokens, self.context // 2)
         while self.turns and sum(map(len, self.turns)) + needed + answer > self.context:

@@ -1,20 +1,20 @@
-"""The exceptions this package raises. Each also is the built-in type that callers of such code expect."""
+"""The exceptions this package raises. Each is also of the built-in type that callers expect."""
 
 
 class OpenLlamaError(Exception):
-    """Anything openllama refuses to do; the command line prints it as one line."""
+    """Base of all errors of this package; the command line prints them as one line."""
 
 
 class ConfigError(OpenLlamaError, ValueError):
-    """A model configuration that is impossible, unsupported or contradicts the weights."""
+    """A model configuration that is invalid or unsupported, or that contradicts the weights."""
 
 
 class InputError(OpenLlamaError, ValueError):
-    """An argument of a forward pass or of generate that cannot be right."""
+    """An invalid argument, e.g. of a forward pass or of generate."""
 
 
 class BackendError(OpenLlamaError, RuntimeError):
-    """An attention backend that was asked for by name cannot run here."""
+    """An attention backend that was requested by name cannot run here."""
 
 
 class TokenizerError(OpenLlamaError, ValueError):
@@ -22,19 +22,19 @@ class TokenizerError(OpenLlamaError, ValueError):
 
 
 class CheckpointError(OpenLlamaError):
-    """Base of everything that can be wrong with files of weights."""
+    """Base of all errors about files of weights."""
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
-    """A folder, shard, index or config that should be there is not."""
+    """A folder, shard, index or config is missing."""
 
 
 class CorruptCheckpointError(CheckpointError, ValueError):
-    """A file that is truncated, empty or not in the format its name promises."""
+    """A file that is truncated, empty or not in the format of its suffix."""
 
 
 class UnsafePickleError(CheckpointError, ValueError):
-    """A pickle that holds anything but plain tensors; it is never executed."""
+    """A pickle that contains anything but plain tensors; it is never executed."""
 
 
 class KeyMismatchError(CheckpointError, ValueError):
@@ -42,4 +42,4 @@ class KeyMismatchError(CheckpointError, ValueError):
 
 
 class DestinationExistsError(CheckpointError, FileExistsError):
-    """The place to write to is taken."""
+    """The destination already exists."""

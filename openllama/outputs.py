@@ -1,4 +1,4 @@
-"""What a forward pass returns: fields by name, by key, or by position among those that are not None."""
+"""What a forward pass returns. Fields are read by name, by key, or by position among those that are not None."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from openllama.cache import Cache, GrowingCache
 
 @dataclass
 class ModelOutput:
-    """``out.logits``, ``out["logits"]``, ``out[0]``, ``out[:2]``, ``**out``: as transformers' outputs."""
+    """``out.logits``, ``out["logits"]``, ``out[0]``, ``out[:2]``, ``**out``, as in transformers."""
 
     def keys(self) -> list[str]:
         """Names of the fields that are set."""
@@ -53,20 +53,20 @@ class ModelOutput:
 
 @dataclass
 class BaseModelOutput(ModelOutput):
-    """Of ``OpenLlamaModel``."""
+    """Output of ``OpenLlamaModel``."""
 
     last_hidden_state: Tensor  # (B, T, C), after the final norm
     past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None  # layers + 1 of (B, T, C): input of each layer, then the last
+    hidden_states: tuple[Tensor, ...] | None = None  # layers + 1 of (B, T, C): inputs of the layers, last_hidden_state
     attentions: tuple[Tensor, ...] | None = None  # one (B, H, T, S) per layer
 
 
 @dataclass
 class CausalLMOutput(ModelOutput):
-    """Of ``OpenLlamaForCausalLM``; hidden states and attentions as in ``BaseModelOutput``."""
+    """Output of ``OpenLlamaForCausalLM``; hidden states and attentions as in ``BaseModelOutput``."""
 
     loss: Tensor | None = None  # scalar float32 (float64 for a float64 model)
-    logits: Tensor = None  # type: ignore[assignment]  # (B, T, V), or the last logits_to_keep of T
+    logits: Tensor = None  # type: ignore[assignment]  # (B, T, V); with logits_to_keep only the last of T
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
@@ -74,19 +74,19 @@ class CausalLMOutput(ModelOutput):
 
 @dataclass
 class SequenceClassifierOutput(ModelOutput):
-    """Of ``OpenLlamaForSequenceClassification``; hidden states and attentions as in ``BaseModelOutput``."""
+    """Output of ``OpenLlamaForSequenceClassification``; hidden states and attentions as in ``BaseModelOutput``."""
 
     loss: Tensor | None = None  # scalar float32 (float64 for a float64 model)
-    logits: Tensor = None  # type: ignore[assignment]  # (B, num_labels), of the last token of each row that is not padding
+    logits: Tensor = None  # type: ignore[assignment]  # (B, num_labels), at each row's last token that is not padding
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
 
-for _output in (BaseModelOutput, CausalLMOutput, SequenceClassifierOutput):  # torch.export looks inside them
+for _output in (BaseModelOutput, CausalLMOutput, SequenceClassifierOutput):  # so that torch.export accepts them
     torch.export.register_dataclass(_output, serialized_type_name=f"openllama.{_output.__name__}")
 
-with contextlib.suppress(ImportError, AttributeError):  # a cache is no dataclass, and torch has no public way for it
+with contextlib.suppress(ImportError, AttributeError):  # torch has no public function to register a cache
     from torch.utils import _pytree
 
     _pytree.register_pytree_node(

@@ -1,7 +1,7 @@
 """A character 5-gram with interpolated modified Kneser-Ney smoothing: the baseline of train_tiny.py.
 
 Chen and Goodman, "An empirical study of smoothing techniques for language modeling" (1998), section 3.
-A true probability distribution over every Unicode character, those the training text lacks included.
+A true probability distribution over all Unicode characters, also over those not in the training text.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import math
 from collections import Counter, defaultdict
 from typing import NamedTuple
 
-BLOCK = 256  # characters of one script lie together: an unseen one is guessed by its block of code points
-BLOCKS = 0x110000 // BLOCK - 0x800 // BLOCK  # all of Unicode but the surrogates, which no text holds
+BLOCK = 256  # code points; a script fills few blocks, so the block says how likely an unseen character is
+BLOCKS = 0x110000 // BLOCK - 0x800 // BLOCK  # all of Unicode but the surrogates, which no text contains
 
 Followers = dict[str, dict[str, int]]  # context -> next character -> count
 
 
 class Order(NamedTuple):
-    """All that is known about contexts of one length."""
+    """Statistics of the contexts of one length."""
 
     followers: Followers
     discounts: tuple[float, float, float, float]  # for counts of 0, 1, 2, and 3 or more
@@ -25,22 +25,22 @@ class Order(NamedTuple):
 
 
 class CharNgram:
-    """``prob(character, context)`` looks at the last ``order - 1`` characters of the context.
+    """``prob(character, context)`` uses the last ``order - 1`` characters of the context.
 
-    Each order keeps its counts less a discount and passes what was discounted to the order below;
-    below the unigram lies ``base``, which knows only in which block of Unicode a character lies.
+    Each order subtracts a discount from its counts and gives that probability mass to the next lower order.
+    Below the unigram is ``base``, which depends only on the Unicode block of the character.
     """
 
     def __init__(self, text: str, order: int = 5) -> None:
         if not text:
-            raise ValueError("an n-gram needs a text to count, got an empty one")
+            raise ValueError("an n-gram model needs a text that is not empty")
         self.order = order
         self.orders = [_order(_count(text, n, highest=n == order)) for n in range(1, order + 1)]
         self.blocks = Counter(ord(character) // BLOCK for character in set(text))
         self.characters = sum(self.blocks.values())
 
     def base(self, character: str) -> float:
-        """Probability with no counts at all; each block has half a character more than were seen."""
+        """Probability without counts of n-grams: 0.5 is added to the number of characters seen in each block."""
         share = (self.blocks[ord(character) // BLOCK] + 0.5) / (self.characters + 0.5 * BLOCKS)
         return share / BLOCK
 
@@ -57,7 +57,7 @@ class CharNgram:
         return p
 
     def bits(self, text: str, before: str = "") -> float:
-        """Bits to write ``text`` down when ``before`` has just been read."""
+        """Bits needed to encode ``text`` after ``before``."""
         whole, reach = before + text, self.order - 1
         positions = range(len(before), len(whole))
         return sum(-math.log2(self.prob(whole[i], whole[max(0, i - reach) : i])) for i in positions)
@@ -73,9 +73,9 @@ def _order(followers: Followers) -> Order:
 
 
 def _count(text: str, n: int, highest: bool) -> Followers:
-    """Counts of n-grams; below the highest order, Kneser-Ney counts the different characters before one.
+    """Counts of n-grams; below the highest order, Kneser-Ney counts the different characters before an n-gram.
 
-    "aab aab": as a bigram "ab" counts 2, but 1 as a continuation, for only "a" ever comes before it.
+    "aab aab": the bigram "ab" occurs twice, but its Kneser-Ney count is 1, because only "a" precedes it.
     """
     followers: Followers = defaultdict(dict)
     if highest:
@@ -89,7 +89,7 @@ def _count(text: str, n: int, highest: bool) -> Followers:
 
 
 def _discounts(followers: Followers) -> tuple[float, float, float, float]:
-    """What is taken from counts of 0, 1, 2 and 3 or more: Chen and Goodman's estimate, kept within bounds."""
+    """Discounts for counts of 0, 1, 2 and 3 or more: Chen and Goodman's estimate, clamped."""
     sizes = Counter(count for counts in followers.values() for count in counts.values())
     n1, n2, n3, n4 = (sizes[size] for size in (1, 2, 3, 4))
     y = n1 / (n1 + 2 * n2) if n1 else 0.5

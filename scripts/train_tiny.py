@@ -1,10 +1,10 @@
-"""Train a small Open-Llama, tokenizer included, on any text files and write it as transformers 4.31.0 does.
+"""Train a small Open-Llama and its tokenizer on text files, and save them as transformers 4.31.0 does.
 
     python scripts/train_tiny.py --text FILE [--text FILE ...] --out DIR [--steps N] ...
 
-The middle tenth of each text is held out; a table at the end compares bits per byte on it with xz and
-a character 5-gram. Interrupted, the same command continues, bit for bit as if nothing had happened.
-All text is normalised by NFKC first, as the tokenizer does it: bytes are bytes of the normalised text.
+The middle 10% of each text is held out; a table at the end compares bits per byte on it with xz and a
+character 5-gram. After an interruption the same command continues, and the result is the same, bit for bit.
+All text is first normalised with NFKC, as in the tokenizer; bytes are counted in the normalised text.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from tqdm import tqdm
 from openllama import OpenLlamaConfig, OpenLlamaForCausalLM
 from openllama.checkpoint import native_to_hf
 
-HELD_OUT = 0.1  # share of each text, in its middle
+HELD_OUT = 0.1  # share of each text, from its middle
 PAD = 3  # <unk> <s> </s> <pad> are 0..3
 SHARD_SIZE = "3MB"
 STATE_FILE, TOKENIZER_FILE, SETTINGS_FILE = "state.pt", "tokenizer.model", "settings.json"
 
 
 class TrainingError(Exception):
-    """Something the user has to put right; shown without a traceback."""
+    """An error that the user can fix; printed without a traceback."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """All that decides which weights come out, besides the texts; every field is a command-line option."""
+    """Everything that determines the weights, besides the texts; every field is a command-line option."""
 
     steps: int = 1800  # optimizer steps
     vocab_size: int = 4600  # pieces of the tokenizer, byte pieces included
@@ -58,19 +58,19 @@ class Settings:
     layers: int = 4
     heads: int = 4
     context: int = 256  # tokens of a training window, and max_position_embeddings
-    batch: int = 8  # windows in a step, shared evenly among the texts
-    learning_rate: float = 3e-3  # at its peak; a cosine down to zero follows
+    batch: int = 8  # windows in a step, from the texts in turn
+    learning_rate: float = 3e-3  # peak; decays to zero along a cosine
     warmup: int = 100  # steps
     weight_decay: float = 0.1  # of matrices, not of norms
     dropout: float = 0.1  # on the output of each MLP
-    embedding_dropout: float = 0.15  # on the embeddings; in training only, no part of the model
+    embedding_dropout: float = 0.15  # on the embeddings; in training only, not part of the model
     eval_every: int = 300  # steps
     save_every: int = 50  # steps
     seed: int = 0
     precision: str = "bfloat16"  # of matrix products in training: bfloat16 or float32
 
     def model_config(self) -> OpenLlamaConfig:
-        """In V1's form: stable and shared embedding, epsilon 1e-5."""
+        """The configuration, as in V1: stable and shared embedding, epsilon 1e-5."""
         return OpenLlamaConfig(
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
@@ -81,7 +81,7 @@ class Settings:
             rms_norm_eps=1e-5,
             pad_token_id=PAD,
             hidden_dropout_prob=self.dropout,
-            attention_dropout_prob=0.0,  # sdpa's fast kernel on CPU has none
+            attention_dropout_prob=0.0,  # sdpa's fast kernel on CPU does not support it
             use_stable_embedding=True,
             shared_input_output_embedding=True,
         )
@@ -89,7 +89,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Text:
-    """A normalised text, cut in three at line breaks."""
+    """A normalised text, split into three parts at line breaks."""
 
     name: str
     before: str
@@ -110,7 +110,7 @@ def normalise(text: str) -> str:
 
 
 def read_text(path: Path) -> Text:
-    """Normalise and split a file; a missing, unreadable or too short one raises ``TrainingError``."""
+    """Normalise and split a file; raises ``TrainingError`` if it is missing, unreadable or too short."""
     try:
         text = normalise(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -118,7 +118,7 @@ def read_text(path: Path) -> Text:
     start = text.find("\n", int(len(text) * (1 - HELD_OUT) / 2)) + 1
     end = text.find("\n", start + int(len(text) * HELD_OUT)) + 1
     if not (0 < start < end) or not text[start:end].strip():
-        raise TrainingError(f"{path}: too short, or without the line breaks to cut the middle {HELD_OUT:.0%} out at")
+        raise TrainingError(f"{path}: too short, or without line breaks around the middle {HELD_OUT:.0%}")
     return Text(path.stem, text[:start], text[start:end], text[end:])
 
 
@@ -126,10 +126,10 @@ def read_text(path: Path) -> Text:
 
 
 def train_tokenizer(texts: Sequence[Text], vocab_size: int, min_char_count: int) -> bytes:
-    """A sentencepiece BPE model in V1's form, as the bytes of its file.
+    """Train a sentencepiece BPE model like V1's; returns the bytes of its file.
 
-    Without V1's dummy prefix, so that a prompt is encoded as the same words are in mid-text, after a
-    line break. Lines are learnt one by one: a line break is always the byte piece <0x0A>.
+    It has no dummy prefix (V1's has), so that a prompt is encoded like the same words after a line break in
+    the text. It is trained on single lines: a line break is always the byte piece <0x0A>.
     """
     counts = Counter(character for text in texts for character in text.train if character != "\n")
     kept = sum(count for count in counts.values() if count >= min_char_count)
@@ -154,7 +154,7 @@ def train_tokenizer(texts: Sequence[Text], vocab_size: int, min_char_count: int)
             minloglevel=2,
         )
     except (RuntimeError, ValueError) as error:
-        raise TrainingError(f"sentencepiece cannot make {vocab_size} pieces of these texts: {error}") from error
+        raise TrainingError(f"sentencepiece cannot learn {vocab_size} pieces from these texts: {error}") from error
     return model.getvalue()
 
 
@@ -168,8 +168,8 @@ def encode(tokenizer: sentencepiece.SentencePieceProcessor, text: str) -> Tensor
 class Trainer:
     """A model in training: its weights, optimizers and step number.
 
-    Random numbers are seeded anew at each step from the seed and the step number, so that training
-    continued from a file draws the same windows and the same dropout.
+    Each step seeds the random numbers with the seed and the step number, so that training continued
+    from a file draws the same windows and the same dropout.
     """
 
     def __init__(self, settings: Settings, tokenizer: bytes, texts: Sequence[Text]) -> None:
@@ -179,7 +179,9 @@ class Trainer:
         self.train_ids = [encode(self.tokenizer, text.train) for text in texts]
         for text, ids in zip(texts, self.train_ids, strict=True):
             if len(ids) <= settings.context:
-                raise TrainingError(f"{text.name} has {len(ids)} tokens to train on, fewer than a window")
+                raise TrainingError(
+                    f"{text.name} has {len(ids)} tokens for training; more than {settings.context} are needed"
+                )
         torch.manual_seed(settings.seed)
         self.model = OpenLlamaForCausalLM(settings.model_config())
         self.model.model.embedding.register_forward_hook(self._drop_embeddings)
@@ -187,11 +189,11 @@ class Trainer:
         self.step = 0
 
     def _drop_embeddings(self, module: torch.nn.Module, inputs: Any, vectors: Tensor) -> Tensor:
-        """Embeddings (B, T, C) less some numbers: a small text is soon learnt by heart."""
+        """Dropout on the embeddings (B, T, C), because the model soon memorises a small text."""
         return F.dropout(vectors, self.settings.embedding_dropout, module.training)
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
-        """Muon for the layers' matrices, which it trains in far fewer steps, and AdamW for the rest."""
+        """Muon for the layers' matrices, because it needs far fewer steps, and AdamW for the rest."""
         layers = self.model.model.layers
         matrices = [p for p in layers.parameters() if p.dim() == 2]
         norms = [p for p in self.model.parameters() if p.dim() == 1]
@@ -203,7 +205,7 @@ class Trainer:
         ]
 
     def _windows(self) -> Tensor:
-        """Random windows (batch, context), each text in turn giving one."""
+        """Random windows (batch, context), from the texts in turn."""
         size, windows = self.settings.context, []
         for i in range(self.settings.batch):
             ids = self.train_ids[i % len(self.train_ids)]
@@ -212,7 +214,7 @@ class Trainer:
         return torch.stack(windows)
 
     def train_step(self) -> float:
-        """One optimizer step; the loss in nats per token."""
+        """Do one optimizer step; returns the loss in nats per token."""
         torch.manual_seed(self.settings.seed * 1_000_003 + self.step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -230,11 +232,11 @@ class Trainer:
         return loss.item()
 
     def evaluate(self) -> list[float]:
-        """Bits per byte of each held-out text, to look at: nothing is chosen by them."""
+        """Bits per byte of each held-out text, only to be shown: no decision depends on them."""
         return [held_out_bits(self.model, self.tokenizer, text) / text.held_out_bytes for text in self.texts]
 
     def save(self, path: Path) -> None:
-        """Write everything that training needs to go on; the old file stays until the new one is whole."""
+        """Save everything that training needs to continue; the old file stays until the new one is complete."""
         state = {
             "step": self.step,
             "model": self.model.state_dict(),
@@ -259,13 +261,13 @@ class Trainer:
 
 
 def learning_rate(step: int, settings: Settings) -> float:
-    """Linear warm-up, then a cosine down to zero."""
+    """Linear warm-up, with cosine decay to zero."""
     warm = min(1.0, (step + 1) / max(1, settings.warmup))
     return settings.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
 
 
 def train(trainer: Trainer, state: Path) -> None:
-    """Run to the last step, with a progress bar, saving to ``state`` on the way."""
+    """Train to the last step, with a progress bar; saves to ``state`` every ``save_every`` steps."""
     settings = trainer.settings
     smooth = None
     with tqdm(total=settings.steps, initial=trainer.step, unit="step") as bar:
@@ -287,10 +289,10 @@ def train(trainer: Trainer, state: Path) -> None:
 
 
 def held_out_bits(model: OpenLlamaForCausalLM, tokenizer: sentencepiece.SentencePieceProcessor, text: Text) -> float:
-    """Bits the model needs for the held-out text when it has just read the end of the training text.
+    """Bits that the model needs to encode the held-out text, given the text before it.
 
-    Every token is predicted once, in windows that move by half their length, so from at least half a
-    window of context. One way of cutting the text into tokens is priced; the sum over all is lower.
+    Every token is predicted once, in windows that move by half their length, so each has at least half a
+    window of context. Only one tokenization of the text is scored; the sum over all would need fewer bits.
     """
     context = model.config.max_position_embeddings
     half = context // 2
@@ -308,14 +310,14 @@ def held_out_bits(model: OpenLlamaForCausalLM, tokenizer: sentencepiece.Sentence
 
 
 def _batches(ids: Tensor, known: int, context: int, size: int = 16) -> Iterator[tuple[Tensor, Tensor]]:
-    """Overlapping windows (B, context) of ``ids``, padded at the end, and which of their tokens to score."""
+    """Overlapping windows (B, context) of ``ids``, padded at the end, and a mask of the tokens to score."""
     half = context // 2
     starts = list(range(0, max(1, len(ids) - half), half))
     padded = F.pad(ids, (0, context))
     positions = torch.arange(context)
     for i in range(0, len(starts), size):
         at = torch.tensor(starts[i : i + size])[:, None] + positions
-        fresh = (positions >= half) | (at < half)  # the first window scores all it does not know
+        fresh = (positions >= half) | (at < half)  # the first window also scores its first half
         yield padded[at], fresh & (at >= known) & (at < len(ids))
 
 
@@ -324,7 +326,7 @@ def xz_size(text: str) -> int:
 
 
 def baselines(text: Text) -> dict[str, float]:
-    """Bits per byte of the held-out text by compressors that are no neural networks."""
+    """Bits per byte of the held-out text with compressors that are not neural networks."""
     scale = 8 / text.held_out_bytes
     return {
         "xz": xz_size(text.held_out) * scale,
@@ -334,7 +336,7 @@ def baselines(text: Text) -> dict[str, float]:
 
 
 def table(model: OpenLlamaForCausalLM, tokenizer: sentencepiece.SentencePieceProcessor, texts: Sequence[Text]) -> str:
-    """Markdown: bits per byte on each held-out text, by the model and by the baselines."""
+    """Markdown table: bits per byte on each held-out text, of the model and of the baselines."""
     lines: list[str] = []
     for text in texts:
         bits = {"model": held_out_bits(model, tokenizer, text) / text.held_out_bytes, **baselines(text)}
@@ -345,7 +347,7 @@ def table(model: OpenLlamaForCausalLM, tokenizer: sentencepiece.SentencePiecePro
 
 
 def longest_shared(text: str, corpus: str) -> str:
-    """The longest run of characters of ``text`` that also stands in ``corpus``."""
+    """The longest substring of ``text`` that also occurs in ``corpus``."""
     best = ""
     for start in range(len(text)):
         while start + len(best) < len(text) and text[start : start + len(best) + 1] in corpus:
@@ -357,13 +359,13 @@ def longest_shared(text: str, corpus: str) -> str:
 
 
 def export(model: OpenLlamaForCausalLM, tokenizer: bytes, out: Path) -> None:
-    """Let transformers 4.31.0 write the model: bfloat16 shards of pickles with an index, and the tokenizer."""
+    """Save model and tokenizer with transformers 4.31.0, the weights as pickled bfloat16 shards with an index."""
     try:
         import transformers
     except ImportError as error:
         raise TrainingError("writing the HF layout needs `pip install transformers==4.31.0` (Python < 3.12)") from error
     if not hasattr(transformers, "OpenLlamaForCausalLM"):
-        raise TrainingError(f"transformers {transformers.__version__} has no Open-Llama; 4.31.0 has")
+        raise TrainingError(f"transformers {transformers.__version__} has no Open-Llama; use 4.31.0")
     config = transformers.OpenLlamaConfig(**{k: v for k, v in model.config.to_dict().items() if k != "model_type"})
     hf_model = transformers.OpenLlamaForCausalLM(config)
     hf_model.load_state_dict(native_to_hf(model.state_dict(), model.config), strict=True)
@@ -391,7 +393,7 @@ def export(model: OpenLlamaForCausalLM, tokenizer: bytes, out: Path) -> None:
 
 
 def prepare_work(work: Path, settings: Settings, texts: Sequence[Text]) -> bytes:
-    """Make the folder of an unfinished training, or check that it is one of this; its tokenizer's bytes."""
+    """Create the work folder, or check that it belongs to this training; returns the bytes of the tokenizer."""
     sums = {
         text.name: hashlib.sha256((text.before + text.held_out + text.after).encode()).hexdigest() for text in texts
     }
@@ -414,7 +416,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--text", type=Path, action="append", required=True, help="a UTF-8 text file; may be repeated")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
-    parser.add_argument("--work", type=Path, help="folder of the unfinished training (default: OUT-training)")
+    parser.add_argument("--work", type=Path, help="folder for the state of the training (default: OUT-training)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: %(default)s)")
     for field in dataclasses.fields(Settings):
@@ -455,7 +457,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"train_tiny: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ntrain_tiny: interrupted; the same command continues", file=sys.stderr)
+        print("\ntrain_tiny: interrupted; run the same command to continue", file=sys.stderr)
         return 130
     return 0
 

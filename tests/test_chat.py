@@ -116,7 +116,7 @@ def test_a_question_that_leaves_no_room_is_refused_and_changes_nothing(tokenizer
     session = session_of(tokenizer, context=40)
     say(session, "a")
     turns = [list(turn) for turn in session.turns]
-    with pytest.raises(InputError, match=r"\d+ tokens leaves no room for an answer in 40"):
+    with pytest.raises(InputError, match=r"\d+ tokens leaves no room for an answer in a context of 40"):
         session.ask("long " * 50)
     assert session.turns == turns
 

@@ -268,8 +268,8 @@ def test_a_text_ends_before_a_stop_string(capsys, folder, tmp_path, way):
         (["--max-new-tokens", "3", "--set", "max_new_tokens=4"], "max_new_tokens"),
         (["--seed", "99999999999999999999"], "--seed"),
         (["--device", "nosuch"], "--device nosuch"),
-        (["--output", "x"], "--output belongs to --jsonl"),
-        (["--on-error", "skip"], "--on-error belongs to --jsonl"),
+        (["--output", "x"], "--output needs --jsonl"),
+        (["--on-error", "skip"], "--on-error needs --jsonl"),
         (["--prompt", ""], "empty"),
         (["--set", "do_sample=no"], "do_sample must be true or false, got 'no'"),
         (["--set", "eos_token_id=abc"], "eos_token_id"),
@@ -361,7 +361,7 @@ def test_chat_over_a_pipe_answers_each_line(capsys, folder, monkeypatch):
     assert code == 0
     assert err.count("tokens/s") == 2, "two questions"
     assert "forgotten" in err
-    assert "/nonsense is no command" in err
+    assert "/nonsense is not a command" in err
     assert "> " not in err + out, "no prompt where nobody reads it"
 
 
@@ -387,7 +387,7 @@ def test_chat_says_when_old_turns_are_dropped_and_refuses_what_is_too_long(capsy
     code, _, err = run(capsys, "chat", short, "--max-new-tokens", 8, "--greedy")
     assert code == 0
     assert "oldest" in err
-    assert "no room for an answer in 40" in err
+    assert "no room for an answer in a context of 40" in err
     assert err.count("tokens/s") == 4, "the conversation goes on"
 
 
@@ -438,7 +438,7 @@ def test_chat_in_a_terminal_survives_ctrl_c_and_ends_with_ctrl_d(tmp_path):
         time.sleep(1)
         at = terminal.interrupt_until("(stopped)", at)
         at = terminal.wait_for("> ", terminal.wait_for("tokens/s)", at))
-        at = terminal.wait_for("> ", terminal.interrupt_until("Ctrl-D leaves", at))
+        at = terminal.wait_for("> ", terminal.interrupt_until("Ctrl-D quits", at))
         terminal.type("/reset\n")
         terminal.wait_for("> ", terminal.wait_for("forgotten", at))
         terminal.type("\x04")

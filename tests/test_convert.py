@@ -161,7 +161,7 @@ def test_destination_that_exists(source: Path, tmp_path: Path) -> None:
 def test_folder_that_is_no_checkpoint_is_not_replaced(source: Path, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").write_text("meow")
-    with pytest.raises(DestinationExistsError, match="other things than a checkpoint"):
+    with pytest.raises(DestinationExistsError, match="not a checkpoint"):
         run(source, tmp_path / "photos", overwrite=True)
     with pytest.raises(DestinationExistsError, match="is a file"):
         run(source, tmp_path / "photos" / "cat.png", overwrite=True)

@@ -105,9 +105,9 @@ def test_everything_wrong_is_in_one_error() -> None:
 
 
 def test_names_of_another_model() -> None:
-    with pytest.raises(KeyMismatchError, match=r"neither HF's names nor native ones in transformer\.wte"):
+    with pytest.raises(KeyMismatchError, match=r"found transformer\.wte"):
         hf_to_native({"transformer.wte.weight": torch.zeros(2, 2)})
-    with pytest.raises(KeyMismatchError, match="none at all"):
+    with pytest.raises(KeyMismatchError, match="found no weights"):
         hf_to_native({})
 
 
@@ -141,7 +141,7 @@ def test_stray_head_of_a_shared_checkpoint() -> None:
     config = tiny_config()
     weights = hf_weights(config)
     weights["lm_head.weight"] = torch.zeros(13, 8)
-    with pytest.warns(UserWarning, match="shared_input_output_embedding makes the table the head"):
+    with pytest.warns(UserWarning, match="shared_input_output_embedding uses the embedding"):
         assert "lm_head.weight" not in select(weights, config).tensors
 
 

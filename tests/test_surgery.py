@@ -269,7 +269,7 @@ def test_what_an_adapter_has_wrapped_is_not_resized(place: str) -> None:
     wrapper.weight = module.weight
     parent, _, name = place.rpartition(".")
     setattr(model.get_submodule(parent), name, wrapper)
-    with pytest.raises(InputError, match="Sequential; take adapters off" if not parent else "Sequential and Linear"):
+    with pytest.raises(InputError, match="Sequential; remove adapters" if not parent else "Sequential and Linear"):
         model.resize_token_embeddings(30)
     assert model.config.vocab_size == 23
 

@@ -303,7 +303,7 @@ def test_a_tokenizer_can_be_pickled_and_copied(tokenizer: OpenLlamaTokenizer) ->
         ("special_tokens_map.json", '{"additional_special_tokens": "x"}', "must be a list of tokens"),
         ("added_tokens.json", '{"<a>": 500}', "gives '<a>' the id 500; in this vocabulary it would be 420"),
         ("added_tokens.json", '{"</s>": 420}', "gives '</s>' the id 420; in this vocabulary it is 2"),
-        ("added_tokens.json", '{"<a>": "x"}', "'<a>' has the id 'x', which is no integer"),
+        ("added_tokens.json", '{"<a>": "x"}', "'<a>' has the id 'x', which is not an integer"),
     ],
 )
 def test_broken_files_are_named(folder: Path, name: str, content: str | None, message: str) -> None:
@@ -342,7 +342,7 @@ def test_an_added_token_that_the_model_file_has_under_the_same_id_is_accepted(fo
         ("a", {"truncation": "only_second"}, "truncation must be one of"),
         ("a", {"return_tensors": "tf"}, "return_tensors must be one of None, 'pt', got 'tf'"),
         ("a", {"max_length": 0}, "max_length must be a positive integer, got 0"),
-        (["a", "a b c"], {"return_tensors": "pt"}, "input_ids of lengths . to . make no tensor; pass padding=True"),
+        (["a", "a b c"], {"return_tensors": "pt"}, "input_ids of lengths . to . cannot be stacked; pass padding=True"),
     ],
 )
 def test_bad_calls_are_refused(tokenizer: OpenLlamaTokenizer, text: Any, options: Any, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Converting a checkpoint of either layout and any format into a native folder of safetensors."""
+"""Converts a checkpoint of either layout and any format to a folder in native layout, as safetensors."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def convert(
 ) -> None:
     """Write the checkpoint ``src`` (folder, or file of weights) to the folder ``dst`` in native layout.
 
-    ``config`` stands in for a missing config.json. ``dtype`` ("bfloat16" or its like) casts; None
-    keeps every bit. Tokenizer and generation config come along. Works by pieces of tensors, so that
-    memory does not grow with the model; the result is compared with the source before it gets its
-    name, and ``dst`` is as it was after any error. Raises ``CheckpointError`` of some kind,
-    ``ConfigError``, or ``OSError`` when the disk is full.
+    ``config`` replaces the config.json of ``src``. ``dtype`` (e.g. "bfloat16") casts the weights; None
+    keeps every bit. The files of the tokenizer and of the generation config are copied. Tensors are
+    processed in pieces, so memory use does not grow with the model. The result is compared with the
+    source before it appears as ``dst``; after an error ``dst`` is unchanged. Raises ``CheckpointError``
+    or a subclass of it, ``ConfigError``, or ``OSError`` if the disk is full.
     """
     src, dst, dtype = Path(src), Path(dst), floating_dtype(dtype)
     _check_places(src, dst, overwrite)
@@ -60,11 +60,11 @@ def convert(
 
 
 def _check_places(src: Path, dst: Path, overwrite: bool) -> None:
-    """Refuse a destination that is the source or holds it, or a folder that is no checkpoint."""
+    """Raise ``DestinationExistsError`` if ``dst`` is or contains ``src``, or is not empty and not a checkpoint."""
     if dst.resolve() in (src.resolve(), *src.resolve().parents):
         raise DestinationExistsError(f"{dst} is or contains the source {src}; choose another folder")
     check_destination(dst, overwrite)
     if dst.is_dir() and any(dst.iterdir()) and not (dst / CONFIG_FILE).is_file():
         raise DestinationExistsError(
-            f"{dst} holds other things than a checkpoint and is not replaced; name a new folder"
+            f"{dst} is not empty and not a checkpoint, so it is not replaced; choose a new folder"
         )

@@ -1,6 +1,6 @@
-"""Names of weights: the one table between HF's and ours, and the check that a set of them is a model.
+"""Names of weights: the table of HF's names and ours, and the check that a set of weights is a whole model.
 
-A pure rename: no tensor is permuted, fused or computed with. HF also stores each layer's rotary
+Tensors are only renamed, never permuted, fused or changed. HF also stores each layer's rotary
 frequencies (``inv_freq``); they follow from the configuration, so they are checked and dropped.
 """
 
@@ -26,7 +26,7 @@ Shape = tuple[int, ...]
 Layout = Literal["hf", "native"]
 Head = Literal["body", "causal-lm", "classifier"]
 
-PREFIX = "model."  # of the decoder's weights under a head; a decoder saved alone has none
+PREFIX = "model."  # of the decoder's weights in a model with a head; a decoder saved alone has no prefix
 HF_TO_NATIVE = {
     "model.embed_tokens.weight": "model.embedding.tokens.weight",
     "model.embed_layer_norm.weight": "model.embedding.norm.weight",
@@ -45,7 +45,7 @@ HF_TO_NATIVE = {
     "score.weight": "score.weight",
 }
 NATIVE_TO_HF = {native: hf for hf, native in HF_TO_NATIVE.items()}
-INV_FREQ = "model.layers.N.self_attn.rotary_emb.inv_freq"  # HF's, derived
+INV_FREQ = "model.layers.N.self_attn.rotary_emb.inv_freq"  # only in HF; follows from the configuration
 EMBEDDING, LM_HEAD, SCORE = "model.embedding.tokens.weight", "lm_head.weight", "score.weight"
 HEADS = (LM_HEAD, SCORE)
 ARCHITECTURES: dict[Head, str] = {
@@ -60,7 +60,7 @@ _LAYER_NUMBER = re.compile(r"(?<=^model\.layers\.)(0|[1-9]\d*)(?=\.)")
 
 @dataclass
 class Problems:
-    """Everything wrong with a set of weights, said in one error."""
+    """Everything wrong with a set of weights, to report it in one error."""
 
     unknown: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
@@ -70,7 +70,7 @@ class Problems:
     not_floating: list[str] = field(default_factory=list)
 
     def check(self) -> None:
-        """Raise ``KeyMismatchError`` with every entry, if there is any."""
+        """Raise ``KeyMismatchError`` that lists all entries, if there are any."""
         titles = {
             "unknown": "not a weight of an Open-Llama",
             "unexpected": "not in the model that the configuration describes",
@@ -83,37 +83,37 @@ class Problems:
         if found:
             parts = [f"{title} ({len(entries)}): {', '.join(entries)}" for title, entries in found]
             raise KeyMismatchError(
-                f"the weights do not fit: {'; '.join(parts)}. Is this the config.json that belongs to them?"
+                f"the weights do not fit the configuration: {'; '.join(parts)}. Does the config.json belong to them?"
             )
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of one model by their full native names, ``model.`` included."""
+    """The weights of one model, by their full native names with ``model.``."""
 
     tensors: dict[str, Tensor]
     head: Head
-    layout: Layout  # of the names they came by
-    bare: bool  # they came without ``model.``: a decoder saved alone
+    layout: Layout  # of the names in the source
+    bare: bool  # the source has no ``model.``: a decoder saved alone
 
     def named_as_found(self) -> dict[str, Tensor]:
-        """Native names, with ``model.`` where the source had it."""
+        """The weights by native names, with ``model.`` only if the source has it."""
         return _without_prefix(self.tensors) if self.bare else self.tensors
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of all, or the narrowest that holds each without rounding."""
+        """The type of all weights, or the narrowest type that holds each of them without rounding."""
         return reduce(torch.promote_types, {tensor.dtype for tensor in self.tensors.values()})
 
     def described_by(self, config: OpenLlamaConfig, dtype: torch.dtype | None = None) -> OpenLlamaConfig:
-        """``config`` with what config.json says about the weights beside it; ``dtype``: that they are cast to."""
+        """``config`` with ``architectures`` and ``torch_dtype`` of these weights; ``dtype``: the type after a cast."""
         name = str(dtype or self.dtype).removeprefix("torch.")
         about = {"architectures": [ARCHITECTURES[self.head]], "torch_dtype": name}
         return dataclasses.replace(config, extra={**config.extra, **about})
 
 
 def floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A type that weights can have, by itself or by name; None and "auto" leave it open."""
+    """Check the type of weights, given as a dtype or by name; None and "auto" give None."""
     if dtype is None or dtype == "auto":
         return None
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
@@ -123,7 +123,7 @@ def floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def expected_shapes(config: OpenLlamaConfig, head: Head = "causal-lm") -> dict[str, Shape]:
-    """Full native name -> shape of every weight a file must hold; a tied ``lm_head`` needs no copy."""
+    """Full native name -> shape of every weight that a file must hold; a tied ``lm_head`` is not among them."""
     with torch.device("meta"):
         model = CausalLM(config)
     shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
@@ -135,20 +135,20 @@ def expected_shapes(config: OpenLlamaConfig, head: Head = "causal-lm") -> dict[s
 
 
 def layout_of(names: Collection[str]) -> Layout:
-    """ "hf" or "native", told by the names the two do not share; raises ``KeyMismatchError`` without any."""
+    """Return "hf" or "native", by names that only one layout has; raises ``KeyMismatchError`` if there are none."""
     patterns = {_pattern(name) for name in names}
     if patterns & (HF_TO_NATIVE.keys() - NATIVE_TO_HF.keys()):
         return "hf"
     if patterns & (NATIVE_TO_HF.keys() - HF_TO_NATIVE.keys()):
         return "native"
-    shown = ", ".join(sorted(names)[:10]) or "none at all"
-    raise KeyMismatchError(f"these are not the weights of an Open-Llama: neither HF's names nor native ones in {shown}")
+    shown = ", ".join(sorted(names)[:10]) or "no weights"
+    raise KeyMismatchError(f"these are not the weights of an Open-Llama: expected HF's or native names, found {shown}")
 
 
 def hf_to_native(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """HF's names -> ours; ``inv_freq`` is dropped, with a warning where it is not the usual one.
+    """Rename weights from HF's names to ours; ``inv_freq`` is dropped, with a warning if its values are unusual.
 
-    With ``model.`` before the decoder's weights or, for a decoder alone, without; native names stay.
+    The decoder's names keep ``model.`` if they have it; native names are kept.
     Raises ``KeyMismatchError`` for unknown and duplicate names.
     """
     problems = Problems()
@@ -159,9 +159,9 @@ def hf_to_native(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def native_to_hf(state_dict: Mapping[str, Tensor], config: OpenLlamaConfig) -> dict[str, Tensor]:
-    """Our names -> HF's, with all that HF 4.31.0 itself stores, so that it loads strictly.
+    """Rename weights from our names to HF's and add what HF 4.31.0 also stores, so that strict loading works.
 
-    That is ``inv_freq`` of each layer, and ``lm_head.weight`` where it is tied. Raises
+    This adds ``inv_freq`` of each layer, and ``lm_head.weight`` if it is tied. Raises
     ``KeyMismatchError`` unless the weights are exactly those of ``config``.
     """
     weights = select(state_dict, config)
@@ -174,10 +174,10 @@ def native_to_hf(state_dict: Mapping[str, Tensor], config: OpenLlamaConfig) -> d
 
 
 def select(tensors: Mapping[str, Tensor], config: OpenLlamaConfig, head: Head | None = None) -> Weights:
-    """The weights that a model of ``config`` with ``head`` (None: the one found) needs, natively named.
+    """The weights that a model of ``config`` with ``head`` (None: the head found) needs, by native names.
 
-    ``tensors`` may be in either layout. All that is unknown, missing, duplicate or mis-shaped is in
-    one ``KeyMismatchError``; heads the model has no use for are left out with a warning; a missing
+    ``tensors`` may be in either layout. One ``KeyMismatchError`` lists all unknown, missing, duplicate
+    and mis-shaped weights. A head that the model does not have is left out with a warning. A missing
     ``score.weight`` is not an error, because a classifier may begin with a new one.
     """
     problems = Problems()
@@ -202,7 +202,7 @@ def select(tensors: Mapping[str, Tensor], config: OpenLlamaConfig, head: Head | 
 def _rename(
     tensors: Mapping[str, Tensor], table: Mapping[str, str], problems: Problems
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights by their new full names, and the ``inv_freq`` among them by their old ones."""
+    """Return the weights by their new full names, and the ``inv_freq`` tensors by their old names."""
     sources: dict[str, str] = {}
     inv_freq: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -219,7 +219,7 @@ def _rename(
 
 
 def _translate(name: str, table: Mapping[str, str]) -> str | None:
-    """The full name that ``table`` has for ``name``, or None."""
+    """The full new name of ``name`` in ``table``, or None."""
     number = _LAYER_NUMBER.search(_full(name))
     translated = table.get(_pattern(name))
     if translated is None or (number is None and ".N." in translated):
@@ -236,7 +236,7 @@ def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _pattern(name: str) -> str:
-    """The name as the table spells it: ``layers.3.mlp...`` -> ``model.layers.N.mlp...``."""
+    """The name as it is in the table: ``layers.3.mlp...`` -> ``model.layers.N.mlp...``."""
     return _LAYER_NUMBER.sub("N", _full(name))
 
 
@@ -256,14 +256,14 @@ def _implied_inv_freq(head_dim: int) -> Tensor:
 
 
 def _check_inv_freq(inv_freq: Mapping[str, Tensor]) -> None:
-    """Warn of tables that RoPE at base 10000 does not have, be it rounded to 16 bits on the way."""
+    """Warn if a table differs from RoPE with base 10000; a table rounded to 16 bits is accepted."""
     for name, table in inv_freq.items():
         implied = _implied_inv_freq(2 * table.numel())
         dtypes = (torch.float32, torch.bfloat16, torch.float16)
         if not any(torch.allclose(table.float(), implied.to(dtype).float(), rtol=1e-5, atol=1e-9) for dtype in dtypes):
             warnings.warn(
-                f"{name} is not what the configuration implies, and is ignored; dynamic NTK scaling leaves such a "
-                "table behind after a long text",
+                f"{name} is not what the configuration implies, and is ignored; in HF, dynamic NTK scaling changes it "
+                "after a long sequence",
                 stacklevel=2,
             )
 
@@ -273,9 +273,9 @@ def _warn_unused(unused: Mapping[str, Tensor], embedding: Tensor, config: OpenLl
         if name == SCORE or head != "causal-lm":
             warnings.warn(f"{name} is not used: this model has no such head", stacklevel=2)
         elif config.shared_input_output_embedding:
-            warnings.warn(f"{name} is not used: shared_input_output_embedding makes the table the head", stacklevel=2)
+            warnings.warn(f"{name} is not used: shared_input_output_embedding uses the embedding as head", stacklevel=2)
         elif tensor.dtype != embedding.dtype or not torch.equal(tensor, embedding):
             warnings.warn(
-                f"{name} differs from {EMBEDDING} but tie_word_embeddings is set: the embedding serves as both",
+                f"{name} differs from {EMBEDDING} but tie_word_embeddings is set: the embedding is used for both",
                 stacklevel=2,
             )

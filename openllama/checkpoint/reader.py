@@ -1,9 +1,9 @@
-"""Opening checkpoints: every weight a lazily mapped tensor, no file believed before it is checked.
+"""Opens checkpoints: every weight is a memory-mapped tensor, and every file is checked before it is used.
 
-Read are folders of HF or native layout, in safetensors or torch's format, sharded with an index or
-one file; and single files of either format. Nothing is loaded: pages of a file come in when their
-numbers are used, and writing to a tensor changes private copies of them, never the file. Pickles
-are opened with torch's ``weights_only=True`` alone, which executes nothing.
+A checkpoint is a folder in HF or native layout, in safetensors or torch's format, as shards with an
+index or one file; or a single file of either format. Opening loads nothing: the system reads a page of
+a file when its numbers are used. Writing to a tensor changes a private copy of the page, never the file.
+Pickles are only opened with torch's ``weights_only=True``, which executes nothing.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SAFETENSORS_FILE, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.in
 PICKLE_FILE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 SEARCHED = (SAFETENSORS_FILE, SAFETENSORS_INDEX, PICKLE_FILE, PICKLE_INDEX)  # first found wins, as in HF
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")  # keys under which trainers nest the weights
-WRAPPED_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+WRAPPED_PREFIXES = ("module.", "_orig_mod.")  # added by DistributedDataParallel and torch.compile
 DTYPES = {  # safetensors' names of the types this package reads
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -51,16 +51,16 @@ DTYPES = {  # safetensors' names of the types this package reads
 }  # fmt: skip
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 ALIGNMENT = 64  # bytes; torch allocates tensors at multiples of it
-MAX_ALIGNED_COPIES = 2**30  # bytes; copies stay in memory, mapped pages can be given back
+MAX_ALIGNED_COPIES = 2**30  # bytes; copies stay in memory, the system can drop mapped pages
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint: its weights by the names in the files, mapped, and what belongs to them."""
+    """An opened checkpoint: memory-mapped weights by the names in the files, and their configuration."""
 
     path: Path  # as given
-    folder: Path  # where config.json and the tokenizer lie
-    files: tuple[Path, ...]  # that hold the weights
+    folder: Path  # of config.json and the tokenizer
+    files: tuple[Path, ...]  # files of weights
     format: Format
     config: OpenLlamaConfig
     tensors: dict[str, Tensor]
@@ -69,7 +69,7 @@ class Checkpoint:
 def open_checkpoint(
     path: str | PathLike[str], config: OpenLlamaConfig | str | PathLike[str] | None = None, **overrides: Any
 ) -> Checkpoint:
-    """Open a folder or a file of weights; ``config`` (or its path) replaces the config.json beside them.
+    """Open a folder or a file of weights; ``config`` (or its path) replaces the folder's config.json.
 
     ``overrides`` replace fields of the configuration. Raises ``CheckpointNotFoundError``,
     ``CorruptCheckpointError``, ``UnsafePickleError``, ``KeyMismatchError`` (index and shards
@@ -94,7 +94,7 @@ def open_checkpoint(
 
 
 def open_file(path: Path) -> dict[str, Tensor]:
-    """All tensors of one file, mapped; the format is told by its suffix."""
+    """All tensors of one file, memory-mapped; the suffix tells the format."""
     size = path.stat().st_size
     if size == 0:
         raise CorruptCheckpointError(f"{path} is empty; copy or download it again")
@@ -112,10 +112,10 @@ def open_file(path: Path) -> dict[str, Tensor]:
 
 
 def aligned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, each beginning at a multiple of ``ALIGNMENT`` bytes; those that do not are copied.
+    """The same tensors, with data at multiples of ``ALIGNMENT`` bytes; other tensors are copied.
 
-    Some processors round a matrix product by the alignment of the weights. If the copies would take
-    more than ``MAX_ALIGNED_COPIES`` bytes together, every tensor stays as it is.
+    On some processors the rounding of a matrix product depends on the alignment of the weights. If all
+    copies together would take more than ``MAX_ALIGNED_COPIES`` bytes, nothing is copied.
     """
     misaligned = {name: tensor for name, tensor in tensors.items() if tensor.data_ptr() % ALIGNMENT}
     if sum(tensor.nbytes for tensor in misaligned.values()) > MAX_ALIGNED_COPIES:
@@ -132,7 +132,7 @@ def _find_weights(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     others = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth"))
-    hint = f"; it has {', '.join(others)}: give the file itself, or add the missing index" if others else ""
+    hint = f"; it has {', '.join(others)}: pass the file itself, or add the missing index" if others else ""
     raise CheckpointNotFoundError(f"{folder} holds none of {', '.join(SEARCHED)}{hint}")
 
 
@@ -140,11 +140,11 @@ def _find_weights(folder: Path) -> Path:
 
 
 def _open_shards(index: Path) -> tuple[tuple[Path, ...], dict[str, Tensor]]:
-    """Files and tensors that ``index`` names; it and the shards must agree on every one."""
+    """Open the shards of ``index``; raises ``KeyMismatchError`` if they and the index disagree on a tensor."""
     weight_map = _read_index(index)
     names = sorted(set(weight_map.values()))
     if absent := [name for name in names if not (index.parent / name).is_file()]:
-        raise CheckpointNotFoundError(f"{index} names {', '.join(absent)}, which {index.parent} does not hold")
+        raise CheckpointNotFoundError(f"{index} names {', '.join(absent)}, which {index.parent} does not contain")
     files = tuple(index.parent / name for name in names)
     tensors: dict[str, Tensor] = {}
     problems: list[str] = []
@@ -163,7 +163,7 @@ def _open_shards(index: Path) -> tuple[tuple[Path, ...], dict[str, Tensor]]:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    """Key -> file name, every one of them a plain name in the index's own folder."""
+    """Key -> file name; raises ``CorruptCheckpointError`` for a file outside the folder of the index."""
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_unique)["weight_map"]
         entries = dict(weight_map.items())
@@ -171,9 +171,7 @@ def _read_index(index: Path) -> dict[str, str]:
         raise CorruptCheckpointError(f'{index} is not a JSON index with a "weight_map": {error}') from error
     for key, name in entries.items():
         if not isinstance(name, str) or name != Path(name).name or "\\" in name or name in ("", ".", ".."):
-            raise CorruptCheckpointError(
-                f"{index} places {key} in {name!r}; only names of files in the same folder are followed"
-            )
+            raise CorruptCheckpointError(f"{index} places {key} in {name!r}; only files in the same folder are allowed")
     if not entries:
         raise CorruptCheckpointError(f"{index} names no weights")
     return entries
@@ -194,7 +192,7 @@ def _open_safetensors(path: Path, size: int) -> dict[str, Tensor]:
     mapping = _map(path)
     length = struct.unpack("<Q", mapping[:8])[0] if size >= 8 else size
     if not 0 < length <= min(size - 8, MAX_HEADER):
-        raise CorruptCheckpointError(f"{path} is truncated or no safetensors file: {size} bytes, header of {length}")
+        raise CorruptCheckpointError(f"{path} is truncated or not a safetensors file: {size} bytes, header of {length}")
     try:
         header = json.loads(mapping[8 : 8 + length], object_pairs_hook=_unique)
         header.pop("__metadata__", None)
@@ -210,18 +208,18 @@ def _view(mapping: mmap.mmap, start: int, dtype: str, shape: list[int], data_off
     begin, end = data_offsets
     count = math.prod(shape)
     if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
-        raise ValueError(f"shape {shape} or offsets {data_offsets} are not whole numbers")
+        raise ValueError(f"shape {shape} and offsets {data_offsets} must be non-negative integers")
     if end - begin != count * DTYPES[dtype].itemsize:
         raise ValueError(f"{end - begin} bytes for shape {shape} of type {dtype}")
     if start + end > len(mapping):
-        raise ValueError(f"it has {len(mapping)} bytes, its header speaks of {start + end}")
+        raise ValueError(f"the file has {len(mapping)} bytes, its header needs {start + end}")
     if count == 0:
         return torch.empty(shape, dtype=DTYPES[dtype])
     return torch.frombuffer(mapping, dtype=DTYPES[dtype], count=count, offset=start + begin).view(shape)
 
 
 def _map(path: Path) -> mmap.mmap:
-    """The file as private memory: writing to it changes a copy. Linux refuses what exceeds its RAM unless told."""
+    """Map a file privately: writing changes a copy. Without MAP_NORESERVE, Linux refuses files larger than RAM."""
     with path.open("rb") as file:
         if sys.platform != "linux":
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -233,54 +231,56 @@ def _map(path: Path) -> mmap.mmap:
 
 
 def _load_zip(path: Path, size: int) -> Any:
-    """Unpickle torch's zip format, its tensors mapped."""
+    """Load torch's zip format with memory-mapped tensors."""
     _check_zip(path)
-    with _refusals(path):
+    with _translated_errors(path):
         if size < _memory():
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return _load_zip_beyond_memory(path)
 
 
 def _load_legacy(path: Path) -> Any:
-    """Unpickle torch's format from before version 1.6, which cannot be mapped."""
-    warnings.warn(f"{path} is in torch's format from before 1.6 and is read into memory whole", stacklevel=2)
-    with _refusals(path):
+    """Load torch's format from before version 1.6, which cannot be memory-mapped."""
+    warnings.warn(f"{path} is in torch's format from before 1.6 and is read into memory completely", stacklevel=2)
+    with _translated_errors(path):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
 @contextmanager
-def _refusals(path: Path) -> Iterator[None]:
-    """Turn what ``torch.load`` raises into this package's errors."""
+def _translated_errors(path: Path) -> Iterator[None]:
+    """Turn the errors of ``torch.load`` into this package's errors."""
     try:
         yield
-    except pickle.UnpicklingError as error:  # torch's own text advises to switch the check off
+    except pickle.UnpicklingError as error:  # torch's message advises to switch off the check
         asked = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it asks for {asked[1]}" if asked else "it is not what torch.save writes"
         raise UnsafePickleError(f"{path} holds more than plain tensors and was not executed: {what}") from error
     except (CheckpointError, OSError, MemoryError):
         raise
-    except Exception as error:  # garbage can make the parser fail anywhere
+    except Exception as error:  # a damaged file can cause any error in the parser
         first_line = str(error).partition("\n")[0]
         raise CorruptCheckpointError(f"{path} is truncated or damaged: {first_line or repr(error)}") from error
 
 
 def _check_zip(path: Path) -> None:
-    """Refuse archives whose records cannot be mapped, or that hold code."""
+    """Raise if the records of an archive cannot be mapped, or if it holds code."""
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
     except (zipfile.BadZipFile, ValueError, struct.error) as error:
         raise CorruptCheckpointError(f"{path} is truncated or damaged: {error}") from error
     if any(record.filename.endswith("/constants.pkl") for record in records):
-        raise UnsafePickleError(f"{path} is a TorchScript archive, which is code; save the model's state_dict instead")
+        raise UnsafePickleError(
+            f"{path} is a TorchScript archive, which holds code; save the model's state_dict instead"
+        )
     if packed := [record.filename for record in records if record.compress_type != zipfile.ZIP_STORED]:
         raise CorruptCheckpointError(f"{path} was compressed after torch.save wrote it ({packed[0]}); unpack it first")
 
 
 def _load_zip_beyond_memory(path: Path) -> Any:
-    """The same for a file larger than memory, which torch's own mapping does not take on Linux.
+    """Load a file larger than memory, which torch itself cannot map on Linux.
 
-    torch builds the tensors without data and notes where in the file each storage lies.
+    torch builds the tensors without data and records the offset of each storage in the file.
     """
     mapping = _map(path)
 
@@ -305,7 +305,7 @@ def _memory() -> int:
 
 
 def _plain_tensors(loaded: Any, path: Path) -> dict[str, Tensor]:
-    """The state dict in what a file held: itself, or under one of ``WRAPPERS``, without ``WRAPPED_PREFIXES``."""
+    """The state dict in the content of a file, also under one of ``WRAPPERS``, without ``WRAPPED_PREFIXES``."""
     for wrapper in WRAPPERS:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
             loaded = loaded[wrapper]

@@ -1,4 +1,4 @@
-"""Looking at checkpoints: what one holds, whether it is sound, whether it equals another."""
+"""Examines checkpoints: what one contains, whether it is valid, whether it equals another."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from openllama.errors import CheckpointError, CorruptCheckpointError, KeyMismatc
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a checkpoint holds, told without reading the weights."""
+    """What a checkpoint contains, found without reading the weights."""
 
     path: Path
     layout: str  # "hf" or "native"
@@ -50,25 +50,25 @@ class Inspection:
 
 @dataclass(frozen=True)
 class Verification:
-    """What ``verify`` has found to be in order."""
+    """What ``verify`` has checked in a valid checkpoint."""
 
     path: Path
     tensors: int
     parameters: int
     bytes: int
     against: Path | None
-    rounded_to: str | None  # the type the other's weights were cast to before comparing
+    rounded_to: str | None  # the type that the weights of ``against`` were cast to for the comparison
 
     def __str__(self) -> str:
         text = f"{self.path}: all {self.tensors} tensors, {self.parameters:,} parameters, of the right shape and finite"
         if self.against is not None:
             rounded = f" rounded to {self.rounded_to}" if self.rounded_to else ""
-            text += f"; bit for bit those of {self.against}{rounded}"
+            text += f"; bit for bit equal to {self.against}{rounded}"
         return text
 
 
 def inspect(path: str | PathLike[str], config: OpenLlamaConfig | str | PathLike[str] | None = None) -> Inspection:
-    """Describe a checkpoint by its headers; raises what ``convert`` raises if it is not a whole one."""
+    """Describe a checkpoint by its headers; raises the errors of ``convert`` if it is incomplete or broken."""
     checkpoint, weights = _open(path, config)
     dtypes: Counter[str] = Counter()
     for tensor in weights.tensors.values():
@@ -91,10 +91,10 @@ def verify(
     against: str | PathLike[str] | None = None,
     config: OpenLlamaConfig | str | PathLike[str] | None = None,
 ) -> Verification:
-    """Read every weight: names and shapes as the configuration wants them, every number finite.
+    """Read every weight; check that names and shapes match the configuration and that all numbers are finite.
 
-    ``against``: another checkpoint, of either layout, that must hold the same bits once cast to the
-    type of this one. Raises a ``CheckpointError`` that names every weight at fault.
+    ``against``: another checkpoint, of either layout, that must have the same bits after a cast to the
+    type of this one. Raises a ``CheckpointError`` that names every wrong weight.
     """
     _, weights = _open(path, config)
     broken = [name for name, tensor in weights.tensors.items() if not all(p.isfinite().all() for p in pieces(tensor))]
@@ -121,7 +121,7 @@ def _open(
 
 
 def _compare(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], path: object, against: object) -> str | None:
-    """Raise unless all bits agree; returns the type that ``theirs`` had to be cast to, if any."""
+    """Raise unless all bits are equal; returns the type that ``theirs`` had to be cast to, if any."""
     if mine.keys() != theirs.keys():
         raise KeyMismatchError(
             f"only one of {path} and {against} holds {', '.join(sorted(mine.keys() ^ theirs.keys()))}"

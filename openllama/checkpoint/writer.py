@@ -1,7 +1,7 @@
-"""Writing checkpoints: safetensors, piece by piece, in a folder that appears only when it is whole.
+"""Writes checkpoints: safetensors, in pieces, to a folder that appears only when it is complete.
 
-Everything goes to a temporary folder first, is read again and compared with its source, and only
-then gets its name. An error, a full disk or Ctrl-C leaves the destination as it was.
+All files are written to a temporary folder first, read again and compared with the source; only then
+is the folder renamed. An error, a full disk or Ctrl-C leaves the destination unchanged.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 OURS = (CONFIG_FILE, SAFETENSORS_FILE, SAFETENSORS_INDEX, "model-?????-of-?????.safetensors")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
-Tick = Callable[[int], object]  # told of bytes done
+Tick = Callable[[int], object]  # called with the number of bytes done
 
 
 def parse_size(size: int | str) -> int:
@@ -44,7 +44,7 @@ def parse_size(size: int | str) -> int:
 
 
 def plan_shards(tensors: Mapping[str, Tensor], max_bytes: int, dtype: torch.dtype | None) -> dict[str, list[str]]:
-    """File name -> the weights it will hold, in order; only a single larger tensor exceeds ``max_bytes``."""
+    """File name -> its weights, in order; a file exceeds ``max_bytes`` only if a single tensor does."""
     groups: list[list[str]] = [[]]
     used = 0
     for name, tensor in tensors.items():
@@ -67,10 +67,10 @@ def write_weights(
     max_shard_size: int | str = "5GB",
     tick: Tick = lambda done: None,
 ) -> None:
-    """Write ``tensors`` (cast to ``dtype`` if given) into ``folder``, and read every byte again.
+    """Write ``tensors`` (cast to ``dtype`` if given) into ``folder``, then read and compare every byte.
 
-    ``tick`` gets the bytes of each piece written, then of each piece compared. Raises ``OSError``
-    when the disk is full, ``CheckpointError`` when a number does not fit ``dtype``.
+    ``tick`` is called with the bytes of each piece written and of each piece compared. Raises ``OSError``
+    if the disk is full, ``CheckpointError`` if a number does not fit ``dtype``.
     """
     shards = plan_shards(tensors, parse_size(max_shard_size), dtype)
     total = sum(_size(tensor, dtype) for tensor in tensors.values())
@@ -81,7 +81,7 @@ def write_weights(
         try:
             _write_file(folder / file, {name: tensors[name] for name in names}, dtype, tick)
         except OSError as error:
-            error.filename = error.filename or str(folder / file)  # a failed write does not say where
+            error.filename = error.filename or str(folder / file)  # a failed write does not name its file
             raise
     if len(shards) > 1:
         weight_map = {name: file for file, names in shards.items() for name in names}
@@ -92,23 +92,23 @@ def write_weights(
 
 
 def pieces(tensor: Tensor, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
-    """A tensor by rows, each piece of about ``CHUNK`` bytes, in memory, contiguous and cast."""
+    """Split a tensor by rows into pieces of about ``CHUNK`` bytes: on the CPU, contiguous, cast to ``dtype``."""
     row = max(1, tensor[:1].numel() * tensor.element_size())
     for piece in tensor.detach().split(max(1, CHUNK // row)):
         yield piece.to("cpu", dtype or tensor.dtype).contiguous()
 
 
 def _write_file(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, tick: Tick) -> None:
-    """One safetensors file, on the disk when this returns."""
-    # Tensors follow each other without gaps. In this order each begins at a multiple of the greatest power of two
-    # in its own size, up to ALIGNMENT: thus always at a multiple of its element size.
+    """Write one safetensors file; the disk has it when this returns."""
+    # There are no gaps between tensors. In this order each offset is a multiple of the largest power of two that
+    # divides the tensor's size, up to ALIGNMENT, and therefore of its element size.
     names = sorted(tensors, key=lambda name: -math.gcd(_size(tensors[name], dtype), ALIGNMENT))
     with path.open("wb") as file:
         file.write(_header({name: tensors[name] for name in names}, dtype))
         for name in names:
             for piece in pieces(tensors[name], dtype):
                 if dtype == torch.float16 and piece.isinf().any():
-                    raise CheckpointError(f"{name} holds numbers beyond float16, which ends at 65504; use bfloat16")
+                    raise CheckpointError(f"{name} holds numbers too large for float16 (above 65504); use bfloat16")
                 file.write(_raw(piece))
                 tick(piece.nbytes)
         file.flush()
@@ -116,7 +116,7 @@ def _write_file(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | 
 
 
 def _header(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> bytes:
-    """What precedes the numbers: the header's length, the header, spaces up to a multiple of ``ALIGNMENT``."""
+    """The start of the file: the header's length, the header, spaces up to a multiple of ``ALIGNMENT``."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
@@ -129,15 +129,15 @@ def _header(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> bytes:
 
 
 def _compare_file(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, tick: Tick) -> None:
-    """Read ``path`` again and raise ``CorruptCheckpointError`` unless it holds these very bits."""
+    """Read ``path`` again and raise ``CorruptCheckpointError`` unless it has the same bits as ``tensors``."""
     written = open_file(path)
     for name, tensor in tensors.items():
         if written[name].dtype != (dtype or tensor.dtype) or not is_copy(written[name], tensor, tick):
-            raise CorruptCheckpointError(f"{path}: {name} reads back changed; is the disk or memory failing?")
+            raise CorruptCheckpointError(f"{path}: {name} differs when read again; is the disk or memory failing?")
 
 
 def is_copy(copy: Tensor, original: Tensor, tick: Tick = lambda done: None) -> bool:
-    """Whether ``copy`` is ``original`` cast to its type, bit for bit: NaN equals itself, 0 is not -0."""
+    """Whether ``copy`` equals ``original`` cast to its type, bit for bit: NaN equals NaN, 0 differs from -0."""
     if copy.shape != original.shape:
         return False
     start = 0
@@ -155,7 +155,7 @@ def _raw(piece: Tensor) -> memoryview:
 
 
 def _bytes(piece: Tensor) -> Tensor:
-    # Each number as a row of bytes; of a size-1 dimension torch believes any stride, of a new one it knows it.
+    # Each number becomes a row of bytes. view needs a last stride of 1: a new dimension has it, an old one may not.
     return piece.unsqueeze(-1).view(torch.uint8)
 
 
@@ -167,22 +167,22 @@ def _size(tensor: Tensor, dtype: torch.dtype | None) -> int:
 
 
 def check_destination(destination: Path, overwrite: bool) -> None:
-    """Raise ``DestinationExistsError`` if something is there that may not be replaced."""
+    """Raise ``DestinationExistsError`` if ``destination`` exists and may not be replaced."""
     if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
         return
     if not destination.is_dir():
-        raise DestinationExistsError(f"{destination} is a file; name a folder")
+        raise DestinationExistsError(f"{destination} is a file; choose a folder")
     if not overwrite:
         raise DestinationExistsError(f"{destination} exists; choose another folder, or pass overwrite (--overwrite)")
 
 
 @contextmanager
 def finished_folder(destination: Path, replaced: Collection[str]) -> Iterator[Path]:
-    """A temporary folder whose files become those of ``destination`` when the block ends well.
+    """A temporary folder; its files are moved to ``destination`` if the block raises no error.
 
-    A new destination appears by one rename. In one that exists, files whose names match a pattern
-    of ``replaced`` make way, all others stay; the last step is its config.json, without which a
-    folder is not read.
+    A new destination is created by one rename. In an existing one, files whose names match a pattern of
+    ``replaced`` are removed and all others stay; config.json is moved last, because a folder without it
+    is not read.
     """
     exists = destination.is_dir()
     parent = destination if exists else destination.parent
@@ -203,7 +203,7 @@ def finished_folder(destination: Path, replaced: Collection[str]) -> Iterator[Pa
 
 
 def _move_in(temporary: Path, destination: Path, replaced: Collection[str]) -> None:
-    """Swap the files of ``temporary`` for the replaced ones of ``destination``; all, or on an error none."""
+    """Replace files of ``destination`` with those of ``temporary``: all of them, or none if there is an error."""
     patterns = (*replaced, *(path.name for path in temporary.iterdir()))
     old = [p for p in destination.iterdir() if p.is_file() and any(fnmatch(p.name, pattern) for pattern in patterns)]
     backup = temporary.with_suffix(".replaced")
@@ -229,7 +229,7 @@ def _config_first(path: Path) -> bool:
 
 
 def _sync(path: Path) -> None:
-    """Have the system write ``path``, a file or a folder, to the disk."""
+    """Make the system write a file or a folder to the disk."""
     if os.name != "posix":
         return  # elsewhere folders cannot be opened
     descriptor = os.open(path, os.O_RDONLY)

@@ -1,7 +1,7 @@
 """The command line: ``openllama convert | inspect | verify | generate | chat``, also ``python -m openllama``.
 
-Text goes to stdout, everything about it to stderr. Input and output are UTF-8 on every system. A refusal
-is one line and exit code 1; ``--debug`` shows where it came from.
+Results go to stdout, messages to stderr. Input and output are UTF-8 on every system. An error is printed
+as one line, with exit code 1; ``--debug`` shows the traceback.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _use_utf8() -> None:
-    """Read and write UTF-8 instead of the locale's encoding, which has no Chinese in a pipe on Windows."""
+    """Read and write UTF-8 instead of the locale's encoding, which cannot encode Chinese in a pipe on Windows."""
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
-            with contextlib.suppress(io.UnsupportedOperation):  # a stream that was read from keeps its encoding
+            with contextlib.suppress(io.UnsupportedOperation):  # a stream keeps its encoding after the first read
                 stream.reconfigure(**TEXT)
 
 
 def _show_warning(message: Warning | str, *where: Any) -> None:
-    """One line, without the place in the code."""
+    """Print a warning as one line, without its place in the code."""
     print(f"openllama: {message}", file=sys.stderr)
 
 

@@ -14,8 +14,8 @@ from openllama.errors import OpenLlamaError
 
 HELP = """\
 /reset   forget the conversation          Ctrl-C  stop the answer
-/help    show this                        Ctrl-D  leave, as does /exit
-A line that ends in \\ goes on in the next."""
+/help    show this                        Ctrl-D  quit, like /exit
+A line that ends in \\ continues in the next line."""
 
 
 def add_commands(commands: Commands) -> None:
@@ -24,7 +24,7 @@ def add_commands(commands: Commands) -> None:
     command.add_argument(
         "--template",
         type=Path,
-        help="file with the format of a turn, {prompt} and {answer} in it (default: V1's and V2's own)",
+        help="file with the format of a turn, contains {prompt} and {answer} (default: the format of V1 and V2)",
     )
     add_generation_options(command, max_new_tokens=256)
     command.set_defaults(run=_chat)
@@ -34,8 +34,8 @@ def _chat(options: argparse.Namespace) -> None:
     template = ChatTemplate.from_file(options.template) if options.template else ChatTemplate()
     model, tokenizer = load(options)
     arguments = generation_arguments(options, model, tokenizer)
-    most = arguments["generation_config"].max_new_tokens or options.default_new_tokens
-    session = ChatSession(model, tokenizer, template, most, **arguments)
+    max_new_tokens = arguments["generation_config"].max_new_tokens or options.default_new_tokens
+    session = ChatSession(model, tokenizer, template, max_new_tokens, **arguments)
     interactive = sys.stdin.isatty()
     if interactive:
         with contextlib.suppress(ImportError):
@@ -50,34 +50,34 @@ def _chat(options: argparse.Namespace) -> None:
         except EOFError:
             break
         except KeyboardInterrupt:
-            print("\n(Ctrl-D leaves)", file=sys.stderr)
+            print("\n(Ctrl-D quits)", file=sys.stderr)
     if interactive:
         print(file=sys.stderr)
 
 
 def _read(interactive: bool) -> str:
-    """One question, which may span lines; raises EOFError at the end of input."""
+    """Read one question, which may span several lines; raises EOFError at the end of input."""
     line = input("> " if interactive else "")
     while line.endswith("\\"):
         line = line[:-1] + "\n"
-        with contextlib.suppress(EOFError):  # what stands there is asked
+        with contextlib.suppress(EOFError):  # the input ends here: ask what was read
             line += input(". " if interactive else "")
     return line.strip()
 
 
 def _respond(session: ChatSession, line: str) -> None:
-    """Obey a command, or print the answer to a question and how fast it came."""
+    """Run a command, or print the answer to a question and its speed."""
     if line == "/reset":
         session.reset()
         print("(the conversation is forgotten)", file=sys.stderr)
     elif line == "/help":
         print(HELP, file=sys.stderr)
     elif line.startswith("/"):
-        print(f"({line.split()[0]} is no command; /help lists them)", file=sys.stderr)
+        print(f"({line.split()[0]} is not a command; /help lists the commands)", file=sys.stderr)
     elif line:
         try:
             _answer(session, line)
-        except OpenLlamaError as error:  # of this question; the conversation goes on
+        except OpenLlamaError as error:  # concerns this question only; the conversation continues
             print(f"({error})", file=sys.stderr)
 
 

@@ -10,20 +10,20 @@ from openllama.cli.common import DTYPES, Commands
 
 
 def add_commands(commands: Commands) -> None:
-    command = commands.add_parser("convert", help="rewrite a checkpoint in native layout, as safetensors")
+    command = commands.add_parser("convert", help="convert a checkpoint to native layout and safetensors")
     command.add_argument("src", type=Path, help="folder in HF or native layout, or a .pt/.pth/.bin state dict")
-    command.add_argument("dst", type=Path, help="folder to make")
-    command.add_argument("--config", type=Path, help="config.json of a state dict that has none beside it")
-    command.add_argument("--dtype", choices=DTYPES, help="convert the weights; default: as they are")
-    command.add_argument("--max-shard-size", default="5GB", help="largest file, as 500MB or 5GB (default: %(default)s)")
-    command.add_argument("--overwrite", action="store_true", help="replace DST if it is there")
+    command.add_argument("dst", type=Path, help="folder to create")
+    command.add_argument("--config", type=Path, help="config.json for a state dict whose folder has none")
+    command.add_argument("--dtype", choices=DTYPES, help="cast the weights; default: keep their type")
+    command.add_argument("--max-shard-size", default="5GB", help="largest file, e.g. 500MB (default: %(default)s)")
+    command.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
     command.set_defaults(run=_convert)
 
-    command = commands.add_parser("inspect", help="say what a checkpoint holds, without loading it")
+    command = commands.add_parser("inspect", help="show what a checkpoint contains, without loading it")
     command.add_argument("dir", type=Path)
     command.set_defaults(run=lambda options: print(inspect(options.dir)))
 
-    command = commands.add_parser("verify", help="read every weight: names, shapes, finite values")
+    command = commands.add_parser("verify", help="read every weight and check names, shapes and that values are finite")
     command.add_argument("dir", type=Path)
     command.add_argument("--against", type=Path, help="another checkpoint, of either layout, to compare bit for bit")
     command.set_defaults(run=lambda options: print(verify(options.dir, options.against)))

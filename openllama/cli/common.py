@@ -1,4 +1,4 @@
-"""What the commands that run a model share: loading it, and the settings of generation."""
+"""Shared by the commands that run a model: loading and generation settings."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from openllama.tokenizer import OpenLlamaTokenizer
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
-TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}  # the tokenizer says which byte is wrong
+TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}  # the tokenizer reports wrong bytes
 DTYPES = ("float32", "bfloat16", "float16")
-SAMPLING = {"temperature": 0.8, "top_k": 0, "top_p": 0.95}  # unless told otherwise
+SAMPLING = {"temperature": 0.8, "top_k": 0, "top_p": 0.95}  # by default
 
 
 def add_model_options(command: argparse.ArgumentParser) -> None:
@@ -31,7 +31,7 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
 
 
 def load(options: argparse.Namespace) -> tuple[OpenLlamaForCausalLM, OpenLlamaTokenizer]:
-    """The model and the tokenizer of the folder that the command names."""
+    """Load the model and the tokenizer from the folder that the command names."""
     try:
         torch.empty(0, device=options.device)
     except (RuntimeError, AssertionError) as error:
@@ -48,31 +48,31 @@ def _load_model(folder: Path, options: argparse.Namespace) -> OpenLlamaForCausal
 
 def add_generation_options(command: argparse.ArgumentParser, max_new_tokens: int) -> None:
     group = command.add_argument_group(
-        "generation", "text is sampled at temperature 0.8 and top-p 0.95; beams and contrastive search are greedy"
+        "generation", "samples at temperature 0.8 and top-p 0.95 by default; beam and contrastive search do not sample"
     )
     group.add_argument("--max-new-tokens", type=int, metavar="N", help=f"default: {max_new_tokens}")
     command.set_defaults(default_new_tokens=max_new_tokens)
-    group.add_argument("--greedy", action="store_true", help="the likeliest token each time, instead of drawing")
+    group.add_argument("--greedy", action="store_true", help="choose the most likely token instead of sampling")
     group.add_argument("--temperature", type=float, metavar="T", help="below 1 sharpens the distribution")
-    group.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens")
-    group.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest that together reach P")
-    group.add_argument("--seed", type=int, help="draw the same text each time")
+    group.add_argument("--top-k", type=int, metavar="K", help="sample from the K most likely tokens")
+    group.add_argument("--top-p", type=float, metavar="P", help="sample from the most likely tokens that sum up to P")
+    group.add_argument("--seed", type=int, help="seed of sampling; the same seed gives the same text")
     group.add_argument(
-        "--assistant", type=Path, metavar="DIR", help="a smaller model of the same vocabulary that guesses tokens ahead"
+        "--assistant", type=Path, metavar="DIR", help="a smaller model with the same vocabulary, for assisted decoding"
     )
     group.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="any field of GenerationConfig, as num_beams=4 or eos_token_id=[2,3]; may be given again",
+        help="any field of GenerationConfig, e.g. num_beams=4 or eos_token_id=[2,3]; may be repeated",
     )
 
 
 def generation_arguments(
     options: argparse.Namespace, model: OpenLlamaForCausalLM, tokenizer: OpenLlamaTokenizer
 ) -> dict[str, Any]:
-    """Arguments of ``generate``: the settings that the options make, checked, and what is no setting."""
+    """Arguments of ``generate``: the checked settings of the options, and the objects that are not settings."""
     config = model.generation_config.replace(**_settings(options))
     if options.seed is not None and not 0 <= options.seed < 2**63:
         raise InputError(f"--seed must be a number from 0 to 2**63 - 1, got {options.seed}")
@@ -86,19 +86,19 @@ def generation_arguments(
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    """What the options set; text is sampled where they ask for nothing else."""
+    """The settings that the options give; sampling is the default."""
     settings: dict[str, Any] = dict(_assignments(options.set))
     given = {
         n: v for n in ("max_new_tokens", "temperature", "top_k", "top_p") if (v := getattr(options, n)) is not None
     }
     if twice := sorted(given.keys() & settings.keys()):
-        raise InputError(f"{', '.join(twice)}: given by an option of its own and by --set; use one of them")
-    drawing = sorted((given.keys() - {"max_new_tokens"}) | (settings.keys() & {"do_sample"}))
-    if options.greedy and drawing:
-        raise InputError(f"--greedy draws nothing; it cannot be combined with {', '.join(drawing)}")
+        raise InputError(f"{', '.join(twice)}: given both as an option and with --set; use one of them")
+    sampling = sorted((given.keys() - {"max_new_tokens"}) | (settings.keys() & {"do_sample"}))
+    if options.greedy and sampling:
+        raise InputError(f"--greedy does not sample; it cannot be combined with {', '.join(sampling)}")
     searches = settings.keys() & {"num_beams", "penalty_alpha"}
     settings |= given
-    if settings.setdefault("do_sample", not options.greedy and (bool(drawing) or not searches)):
+    if settings.setdefault("do_sample", not options.greedy and (bool(sampling) or not searches)):
         settings = {**SAMPLING, **settings}
     if not settings.keys() & {"max_new_tokens", "max_length"}:
         settings["max_new_tokens"] = options.default_new_tokens
@@ -106,7 +106,7 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _assignments(texts: list[str]) -> Iterator[tuple[str, Any]]:
-    """Pairs of NAME=VALUE; a value is JSON, or a word of Python's, or else the text itself."""
+    """Parse NAME=VALUE; a value is JSON, or Python's True, False or None, or else a string."""
     for text in texts:
         name, found, value = text.partition("=")
         if not found:
@@ -118,7 +118,7 @@ def _assignments(texts: list[str]) -> Iterator[tuple[str, Any]]:
 
 
 def _only_ids_below(pieces: int) -> LogitsProcessor:
-    """A vocabulary may be larger than its tokenizer; ids without text are never drawn."""
+    """A model's vocabulary may be larger than the tokenizer's; ids without a token are never chosen."""
 
     def process(input_ids: Tensor, scores: Tensor) -> Tensor:
         return scores.index_fill(1, torch.arange(pieces, scores.shape[1], device=scores.device), -torch.inf)

@@ -1,4 +1,4 @@
-"""``openllama generate``: continue prompts as they are given, or whole files of them."""
+"""``openllama generate``: continue single prompts, or files of prompts."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def add_commands(commands: Commands) -> None:
     command = commands.add_parser("generate", help="continue prompts, token by token or in batches")
     add_model_options(command)
     source = command.add_mutually_exclusive_group()
-    source.add_argument("--prompt", action="append", help="text to continue; may be given again (default: stdin)")
-    source.add_argument("--prompt-file", type=Path, help="file whose text is continued")
-    source.add_argument("--jsonl", type=Path, help='file of lines {"prompt": TEXT, ...}, - for stdin; JSON lines out')
-    command.add_argument("--output", type=Path, help="file for --jsonl's answers (default: stdout)")
-    command.add_argument("--batch-size", type=int, help="of --jsonl (default: 8, or 1 where tokens are guessed ahead)")
-    command.add_argument("--on-error", choices=("stop", "skip"), help="at a line that is no prompt (default: stop)")
+    source.add_argument("--prompt", action="append", help="text to continue; may be repeated (default: stdin)")
+    source.add_argument("--prompt-file", type=Path, help="file with the text to continue")
+    source.add_argument("--jsonl", type=Path, help='JSON lines {"prompt": TEXT, ...}, - for stdin; writes JSON lines')
+    command.add_argument("--output", type=Path, help="file for the output of --jsonl (default: stdout)")
+    command.add_argument("--batch-size", type=int, help="of --jsonl (default: 8, or 1 for assisted decoding)")
+    command.add_argument("--on-error", choices=("stop", "skip"), help="at a line without a prompt (default: stop)")
     command.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be given again"
+        "--stop", action="append", default=[], metavar="TEXT", help="stop before TEXT; may be repeated"
     )
     add_generation_options(command, max_new_tokens=128)
     command.set_defaults(run=_generate)
@@ -56,14 +56,14 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Refuse options that cannot be meant."""
+    """Raise ``InputError`` for invalid options."""
     if options.batch_size is not None and options.batch_size < 1:
         raise InputError(f"--batch-size must be at least 1, got {options.batch_size}")
     if "" in options.stop:
-        raise InputError("--stop takes a text that is not empty")
+        raise InputError("--stop must not be empty")
     for name in ("output", "batch_size", "on_error"):
         if not options.jsonl and getattr(options, name) is not None:
-            raise InputError(f"--{name.replace('_', '-')} belongs to --jsonl")
+            raise InputError(f"--{name.replace('_', '-')} needs --jsonl")
 
 
 def _prompts(options: argparse.Namespace) -> list[str]:
@@ -81,7 +81,7 @@ def _prompts(options: argparse.Namespace) -> list[str]:
 
 
 class _Counted:
-    """Tokens on their way to become text, and how many have been taken."""
+    """Passes tokens on and counts them."""
 
     def __init__(self, tokens: Iterable[Tensor | int]) -> None:
         self._tokens, self.count = tokens, 0
@@ -99,7 +99,7 @@ def _print_continuation(
     arguments: dict[str, Any],
     stop: Sequence[str],
 ) -> int:
-    """Print ``prompt`` and its continuation, token by token where there is one; the number of tokens made."""
+    """Print ``prompt`` and its continuation, token by token where possible; returns the number of new tokens."""
     config = arguments["generation_config"]
     if config.num_beams > 1 or config.num_return_sequences > 1:
         [texts], count = _continue(model, tokenizer, [prompt], arguments, stop)
@@ -121,7 +121,7 @@ def _continue(
     arguments: dict[str, Any],
     stop: Sequence[str],
 ) -> tuple[list[list[str]], int]:
-    """The continuations of each prompt, computed together, and the number of tokens in them."""
+    """Continue all prompts in one batch; returns the continuations of each prompt and the number of new tokens."""
     rows = [torch.tensor(tokenizer.encode(prompt)) for prompt in prompts]
     ids = pad_sequence(rows, batch_first=True, padding_side="left")
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
@@ -132,9 +132,9 @@ def _continue(
     copies = config.num_return_sequences
     texts: list[list[str]] = [[] for _ in prompts]
     count = 0
-    for index, made in enumerate(output[:, ids.shape[1] :].tolist()):
-        ends = [made.index(eos) + 1 for eos in config.eos_token_ids if eos in made]
-        tokens = _Counted(made[: min(ends, default=None)])
+    for index, generated in enumerate(output[:, ids.shape[1] :].tolist()):
+        ends = [generated.index(eos) + 1 for eos in config.eos_token_ids if eos in generated]
+        tokens = _Counted(generated[: min(ends, default=None)])
         texts[index // copies].append("".join(until(decoded(tokenizer, rows[index // copies].tolist(), tokens), stop)))
         count += tokens.count
     return texts, count
@@ -143,10 +143,10 @@ def _continue(
 def _generate_lines(
     model: OpenLlamaForCausalLM, tokenizer: OpenLlamaTokenizer, arguments: dict[str, Any], options: argparse.Namespace
 ) -> int:
-    """Answer every line in batches, in order; the number of tokens made."""
+    """Continue the prompts of all lines in batches, in order; returns the number of new tokens."""
     config = arguments["generation_config"]
-    guessing = arguments["assistant_model"] is not None or config.prompt_lookup_num_tokens is not None
-    size = options.batch_size or (1 if guessing else 8)
+    assisted = arguments["assistant_model"] is not None or config.prompt_lookup_num_tokens is not None
+    size = options.batch_size or (1 if assisted else 8)
     with contextlib.nullcontext(sys.stdin) if str(options.jsonl) == "-" else options.jsonl.open(**TEXT) as source:
         lines = list(_read_lines(source, tokenizer, skip=options.on_error == "skip"))
     count = 0
@@ -155,43 +155,44 @@ def _generate_lines(
         bar = stack.enter_context(tqdm(total=len(lines), unit="prompt", file=sys.stderr))
         for start in range(0, len(lines), size):
             batch = lines[start : start + size]
-            texts, made = _continue(model, tokenizer, [line["prompt"] for line in batch], arguments, options.stop)
-            sink = sink or stack.enter_context(options.output.open("w", encoding="utf-8"))  # not before all is well
+            texts, generated = _continue(model, tokenizer, [line["prompt"] for line in batch], arguments, options.stop)
+            # The file is opened after the first batch, so that an early error leaves an old file unchanged.
+            sink = sink or stack.enter_context(options.output.open("w", encoding="utf-8"))
             for line, continuations in zip(batch, texts, strict=True):
                 answer = {"texts": continuations} if config.num_return_sequences > 1 else {"text": continuations[0]}
                 print(json.dumps({**line, **answer}, ensure_ascii=False), file=sink, flush=True)
-            count += made
+            count += generated
             bar.update(len(batch))
     return count
 
 
 def _read_lines(source: TextIO, tokenizer: OpenLlamaTokenizer, skip: bool) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file; one that holds no prompt is an error, or told of and left out."""
+    """The objects of a JSON-lines file; a line without a prompt is an error, or with ``skip`` reported and skipped."""
     for number, line in enumerate(source, start=1):
         if line.isspace():
             continue
         try:
             entry = json.loads(line, parse_constant=_no_json)
             if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
-                raise ValueError('it is no object with a "prompt" that is text')
+                raise ValueError('it is not an object with a string "prompt"')
             if not tokenizer.encode(entry["prompt"]):
                 raise ValueError("its prompt is empty")
         except ValueError as error:
             what = f"not JSON: {error}" if isinstance(error, json.JSONDecodeError) else error
             problem = f"line {number}: {what}"
             if not skip:
-                raise InputError(f"{problem}; --on-error skip goes on") from error
+                raise InputError(f"{problem}; --on-error skip leaves such lines out") from error
             print(f"skipped {problem}", file=sys.stderr)
         else:
             yield entry
 
 
 def _no_json(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _peak_memory(device: torch.device) -> str:
-    """The end of the report, as ", peak memory 328 MiB"; empty where the system does not tell (Windows)."""
+    """The end of the report, e.g. ", peak memory 328 MiB"; empty if the system does not report it (Windows)."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         return f", peak memory {peak / 2**20:.0f} MiB of {torch.cuda.get_device_name(device)}"

@@ -1,11 +1,11 @@
-"""Rows of ids brought to one length: cut, padded, masked, made tensors.
+"""Batches of id sequences: truncation, padding, masks and tensors.
 
-    ids of two texts            [[5, 6, 7, 8], [9]]
-    max_length=3, with eos = 2  [[5, 6, 2], [9, 2]]       the text has room for 2 ids
+    ids of two strings          [[5, 6, 7, 8], [9]]
+    max_length=3, with eos = 2  [[5, 6, 2], [9, 2]]       eos counts: at most 2 other ids are kept
     padding=True, with pad = 3  [[5, 6, 2], [9, 2, 3]]
     attention_mask              [[1, 1, 1], [1, 1, 0]]
 
-Nothing here knows the tokenizer; its settings are arguments.
+These functions do not need the tokenizer: its settings are their arguments.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import torch
 from openllama.errors import TokenizerError
 from openllama.tokenizer.checks import one_of
 
-NO_MAX_LENGTH = int(1e30)  # what HF's files hold for "no limit"
-HIGHEST_LENGTH = 1e20  # anything above means the same
+NO_MAX_LENGTH = int(1e30)  # HF's files store this for "no limit"
+HIGHEST_LENGTH = 1e20  # a larger number means "no limit", too
 
 
 class Encoding(dict[str, Any]):
-    """``input_ids`` and ``attention_mask``; unpacks with ``**``, reads as attributes, moves with ``to``."""
+    """A dict of ``input_ids`` and ``attention_mask``. Keys are also attributes; ``to`` moves the tensors."""
 
     def __getattr__(self, name: str) -> Any:
         if name not in self:
@@ -33,15 +33,15 @@ class Encoding(dict[str, Any]):
     def to(self, device: str | int | torch.device) -> Encoding:
         """Move every tensor to ``device``, in place; returns self."""
         if not all(isinstance(value, torch.Tensor) for value in self.values()):
-            raise TokenizerError('only tensors move to a device; encode with return_tensors="pt"')
+            raise TokenizerError('only tensors can be moved to a device; encode with return_tensors="pt"')
         self.update({name: value.to(device) for name, value in self.items()})
         return self
 
 
 def room_for_text(
-    truncation: bool | str | None, max_length: int | None, model_max_length: int, padding: bool | str, frame: int
+    truncation: bool | str | None, max_length: int | None, model_max_length: int, padding: bool | str, special: int
 ) -> int | None:
-    """Tokens a text may keep beside the ``frame`` bos and eos, None for any number."""
+    """Number of ids that one string may keep, without its ``special`` bos and eos; None: no limit."""
     one_of("truncation", truncation, (True, False, None, "longest_first", "only_first", "do_not_truncate"))
     if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
         raise TokenizerError(f"max_length must be a positive integer, got {max_length!r}")
@@ -50,20 +50,20 @@ def room_for_text(
     limit = max_length or model_max_length
     if truncation in (False, "do_not_truncate") or limit > HIGHEST_LENGTH:
         return None
-    if limit < frame:
-        raise TokenizerError(f"max_length {limit} leaves no room for the {frame} special tokens of each text")
-    return limit - frame
+    if limit < special:
+        raise TokenizerError(f"max_length {limit} leaves no room for the {special} special tokens of each string")
+    return limit - special
 
 
 def cut(ids: list[int], room: int | None, side: str) -> list[int]:
-    """At most ``room`` ids, those on ``side`` cut off."""
+    """Keep at most ``room`` ids; the others are removed on ``side``."""
     if room is None or len(ids) <= room:
         return ids
     return ids[:room] if side == "right" else ids[len(ids) - room :]
 
 
 def padded(batch: Mapping[str, Any], padding: bool | str, max_length: int, pad_id: int | None, side: str) -> Encoding:
-    """The batch with a mask, its rows filled up on ``side`` to ``max_length`` or to the longest of them."""
+    """Add a mask and pad the rows on ``side``, to ``max_length`` or to the longest row."""
     rows = batch["input_ids"]
     masks = batch.get("attention_mask") or [[1] * len(row) for row in rows]
     length = 0
@@ -81,8 +81,10 @@ def padded(batch: Mapping[str, Any], padding: bool | str, max_length: int, pad_i
 
 
 def to_tensors(batch: Mapping[str, Any]) -> Encoding:
-    """int64 tensors of lists of rows of one length."""
+    """Convert lists of equally long rows to int64 tensors."""
     for name, rows in batch.items():
         if len(lengths := sorted({len(row) for row in rows})) > 1:
-            raise TokenizerError(f"{name} of lengths {lengths[0]} to {lengths[-1]} make no tensor; pass padding=True")
+            raise TokenizerError(
+                f"{name} of lengths {lengths[0]} to {lengths[-1]} cannot be stacked; pass padding=True"
+            )
     return Encoding({name: torch.tensor(rows, dtype=torch.int64) for name, rows in batch.items()})

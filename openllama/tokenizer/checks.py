@@ -1,4 +1,4 @@
-"""Arguments checked: each function returns what it was given in the form the tokenizer works with, or refuses it."""
+"""Checks of arguments. Each function returns its argument in the form the tokenizer uses, or raises an error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def one_of(name: str, value: Any, choices: Sequence[Any]) -> Any:
 
 
 def checked_text(text: Any, where: str = "") -> str:
-    """A str that UTF-8 can write; ``where`` opens the error, e.g. "text 3: "."""
+    """Check that text is a str that UTF-8 can encode; ``where`` begins the error message, e.g. "text 3: "."""
     if not isinstance(text, str):
         raise TokenizerError(f"{where}text must be a str, got {type(text).__name__}")
     try:
@@ -28,7 +28,7 @@ def checked_text(text: Any, where: str = "") -> str:
 
 
 def checked_ids(ids: Any) -> list[int]:
-    """Integers of a sequence, an array or a tensor of one dimension, or of a single number."""
+    """List of the integers in a sequence, an array or a 1-D tensor; a single integer gives a list of one."""
     numbers = to_list(ids)
     try:
         return [operator.index(n) for n in (numbers if isinstance(numbers, Sequence) else [numbers])]
@@ -37,5 +37,5 @@ def checked_ids(ids: Any) -> list[int]:
 
 
 def to_list(value: Any) -> Any:
-    """The list in a tensor or an array; anything else as it is."""
+    """Convert a tensor or an array to a list; anything else is returned unchanged."""
     return value.tolist() if hasattr(value, "tolist") else value

@@ -1,11 +1,11 @@
-"""A tokenizer's folder: the sentencepiece model, and where there are any HF's three JSON files beside it.
+"""The folder of a tokenizer: the sentencepiece model and, optionally, HF's three JSON files.
 
     tokenizer.model          the pieces
     tokenizer_config.json    {"add_bos_token": false, "model_max_length": 2048, "eos_token": "</s>", ...}
     special_tokens_map.json  {"eos_token": "</s>", "pad_token": {"content": "<pad>", "lstrip": false, ...}}
     added_tokens.json        {"<|user|>": 4600}
 
-The second holds settings; where it names special tokens too, the third wins. The fourth holds new tokens.
+The second file holds settings, the fourth new tokens. For special tokens the third file overrides the second.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
 
-#: arguments of the tokenizer, and its attributes, that tokenizer_config.json holds beside the roles
+#: arguments and attributes of the tokenizer that tokenizer_config.json stores, besides the roles
 SETTINGS = ("add_bos_token", "add_eos_token", "clean_up_tokenization_spaces", "legacy", "model_max_length",
             "padding_side", "truncation_side", "sp_model_kwargs")  # fmt: skip
-#: keys of tokenizer_config.json not carried on: paths of another machine, and what the other two files hold
+#: keys of tokenizer_config.json that are dropped: paths on another machine, and what the other two files store
 DROPPED = ("vocab_file", "tokenizer_file", "special_tokens_map_file", "name_or_path",
            "special_tokens_map", "added_tokens")  # fmt: skip
 
 
 def load_model(path: Path, options: Mapping[str, Any]) -> tuple[Any, bytes]:
-    """A sentencepiece processor and the bytes of its file."""
+    """Load a sentencepiece model; returns its processor and the bytes of the file."""
     try:
         content = path.read_bytes()
         if not content:
@@ -48,9 +48,9 @@ def load_model(path: Path, options: Mapping[str, Any]) -> tuple[Any, bytes]:
 
 
 def read_folder(folder: Path) -> dict[str, Any]:
-    """What the JSON files of a folder say, as arguments of ``OpenLlamaTokenizer``."""
+    """Read the JSON files of a folder; returns arguments of ``OpenLlamaTokenizer``."""
     if not (folder / MODEL_FILE).is_file():
-        raise TokenizerError(f"{folder / MODEL_FILE}: no such file; a tokenizer folder holds a sentencepiece model")
+        raise TokenizerError(f"{folder / MODEL_FILE}: no such file; a tokenizer folder needs a sentencepiece model")
     config = _read_json(folder / CONFIG_FILE)
     arguments = {key: config.pop(key) for key in (*SETTINGS, *ROLES) if key in config}
     return {
@@ -62,20 +62,20 @@ def read_folder(folder: Path) -> dict[str, Any]:
 
 
 def write_folder(folder: Path, model: bytes, config: Any, special_tokens_map: Any, added_tokens: Any) -> None:
-    """Write the model and the three JSON files, none for what is empty."""
+    """Write the model and the JSON files; a file without content is not written."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MODEL_FILE).write_bytes(model)
     contents = {CONFIG_FILE: config, SPECIAL_TOKENS_FILE: special_tokens_map, ADDED_TOKENS_FILE: added_tokens}
     for name, content in contents.items():
         if not content:
-            (folder / name).unlink(missing_ok=True)  # an earlier tokenizer's would be read with this one
+            (folder / name).unlink(missing_ok=True)  # else the file of an earlier tokenizer would be read
             continue
         text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, default=dataclasses.asdict)
         (folder / name).write_text(text + "\n", encoding="utf-8")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The object a JSON file holds, an empty one where there is no file."""
+    """Read a JSON object from a file; an empty dict if there is no file."""
     if not path.exists():
         return {}
     try:

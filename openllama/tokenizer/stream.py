@@ -1,9 +1,9 @@
-"""Text of ids that come one at a time. Two things keep an id from being decoded by itself:
+"""Decoding ids that arrive one at a time. An id cannot be decoded alone, for two reasons:
 
-    ▁To ▁be               a LLaMA model file drops the space that opens a text: "▁be" alone is "be", not " be"
-    <0xE9> <0xBE> <0x98>  are one character, 龘; the first two alone are two replacement characters
+    ▁To ▁be               a LLaMA model file drops the first space of a string: "▁be" alone gives "be", not " be"
+    <0xE9> <0xBE> <0x98>  are one character, 龘; the first two alone give two replacement characters
 
-So ids are decoded behind the opening of their text, and bytes wait until their character is whole.
+So an id is decoded together with the first ids of the string, and bytes wait until their character is complete.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from openllama.tokenizer.tokenizer import OpenLlamaTokenizer
 
 
 class StreamDecoder:
-    """Decodes ids as they come: what it returns, put together, is ``decode(ids, skip_special_tokens=True)``.
+    """Decodes ids as they arrive: the returned strings, joined, are ``decode(ids, skip_special_tokens=True)``.
 
-    A character of several byte tokens comes whole, with the last of them. (Special tokens are always
-    skipped: ``decode`` lets them change text that stands before them. Nothing is cleaned up.)
+    A character of several byte tokens is returned with the last of them. Special tokens are always skipped,
+    because in ``decode`` they change the text before them. Spaces are not cleaned up.
     """
 
     def __init__(self, tokenizer: OpenLlamaTokenizer) -> None:
@@ -30,14 +30,14 @@ class StreamDecoder:
         self._start_run()
 
     def _start_run(self) -> None:
-        """Begin a run of ids between added tokens: ``decode`` gives each run to sentencepiece by itself."""
-        self._opening: list[int] = []  # ids up to the first that show any text
-        self._shown = 0  # characters they show
-        self._held: list[int] = []  # ids whose text is not out yet
+        """Begin a run of ids between added tokens: ``decode`` passes each run to sentencepiece separately."""
+        self._prefix: list[int] = []  # ids of the run up to the first one with text
+        self._prefix_length = 0  # characters of their text
+        self._pending: list[int] = []  # ids whose text has not been returned yet
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
-        """The text that ``token_id`` makes certain, often none."""
+        """Add an id; returns the text that is now complete, often none."""
         [number] = checked_ids([token_id])
         token = self._tokenizer.convert_ids_to_tokens(number)
         if number in self._skipped:
@@ -49,27 +49,27 @@ class StreamDecoder:
             text = self._flush() + space + token
             self._start_run()
             return text
-        self._held.append(number)
+        self._pending.append(number)
         return space if self._within_character(number, token) else space + self._flush()
 
     def finish(self) -> str:
-        """The rest, half a character included; the decoder can then take another sequence."""
+        """Return the rest, even of an incomplete character; the decoder can then take another sequence."""
         text = self._flush()
         self._start_text()
         return text
 
     def _within_character(self, number: int, token: str) -> bool:
-        """Whether ``number`` is a byte such as <0xE9> that the next ids may make a character of."""
+        """Whether ``number`` is a byte such as <0xE9>, of a character that the next ids may complete."""
         if not self._tokenizer.sp.is_byte(number):
             self._utf8.reset()
             return False
         self._utf8.decode(bytes.fromhex(token[3:5]))
-        return bool(self._utf8.getstate()[0])  # bytes that it waits with
+        return bool(self._utf8.getstate()[0])  # bytes of an incomplete character
 
     def _flush(self) -> str:
-        """Text of the ids held, as it stands behind the opening: "To be" without its first 2 characters is " be"."""
-        text = self._tokenizer.sp.decode(self._opening + self._held)[self._shown :]
-        if not self._shown:
-            self._opening, self._shown = self._opening + self._held, len(text)
-        self._held = []
+        """Text of the pending ids, decoded after the prefix: "To be" without its first 2 characters is " be"."""
+        text = self._tokenizer.sp.decode(self._prefix + self._pending)[self._prefix_length :]
+        if not self._prefix_length:
+            self._prefix, self._prefix_length = self._prefix + self._pending, len(text)
+        self._pending = []
         return text

@@ -1,10 +1,10 @@
-"""Tokens and their ids, in the shipped model's tokenizer after ``add_tokens("<|user|>")``:
+"""Tokens and their ids. The shipped model's tokenizer after ``add_tokens("<|user|>")``:
 
     id      0      1    2     3      4 ... 4599    4600
     token   <unk>  <s>  </s>  <pad>  <0x00> ... 齧  <|user|>
     role    unk    bos  eos   pad
 
-Pieces come first, added tokens behind them; either may have a role, which makes it a special token.
+The pieces come first, then the added tokens. Either can have a role, which makes it a special token.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ USUAL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 
 @dataclasses.dataclass(frozen=True)
 class AddedToken:
-    """A token cut out of the text as a whole, and whether it swallows the whitespace on its left and right."""
+    """A token that is never split; ``lstrip`` and ``rstrip`` remove the whitespace on its left and right."""
 
     content: str
-    single_word: bool = False  # this and `normalized` change nothing; they are kept for the files
+    single_word: bool = False  # no effect, like `normalized`: both are only stored in the files
     lstrip: bool = False
     rstrip: bool = False
     normalized: bool = True
@@ -37,11 +37,11 @@ class AddedToken:
         return self.content
 
 
-Token: TypeAlias = str | AddedToken  # the str swallows the whitespace on both sides
+Token: TypeAlias = str | AddedToken  # a str strips the whitespace on both sides
 
 
 def parse_token(value: Any, role: str) -> Token:
-    """A token as a file or a caller gives it: a string, an AddedToken or the JSON of one."""
+    """Check a token from a file or a caller: a str, an AddedToken or the JSON object of one."""
     if isinstance(value, dict) and isinstance(value.get("content"), str):
         known = {field.name for field in dataclasses.fields(AddedToken)}
         value = AddedToken(**{key: flag for key, flag in value.items() if key in known})
@@ -52,7 +52,7 @@ def parse_token(value: Any, role: str) -> Token:
 
 
 def parse_role(role: str, value: Any) -> Any:
-    """One token or None, or the list of tokens that additional_special_tokens is."""
+    """Check the value of a role: a token or None; a list of tokens for additional_special_tokens."""
     if role not in ROLES:
         raise TokenizerError(f"{role} is neither an argument of the tokenizer nor one of {', '.join(ROLES)}")
     if role != LIST_ROLE:
@@ -63,19 +63,19 @@ def parse_role(role: str, value: Any) -> Any:
 
 
 def token_of_model(sp: Any, role: str) -> str | None:
-    """The token that the sentencepiece file has in a role, or that of every LLaMA where it names none."""
+    """The token of a role in the sentencepiece file; if the file has none, LLaMA's usual token."""
     number = getattr(sp, role.replace("token", "id"))()  # sp.bos_id() for bos_token; -1 for none
     return sp.id_to_piece(number) if number >= 0 else USUAL_TOKENS.get(role)
 
 
 def role_properties(role: str) -> tuple[property, property]:
-    """The properties ``eos_token`` (str or None) and ``eos_token_id`` (int or None), or those of another role."""
+    """Make the properties of a role, e.g. ``eos_token`` (str or None) and ``eos_token_id`` (int or None)."""
 
     def token(self: Vocabulary) -> str | None:
-        held = self._special[role]
-        if held is None and role == "pad_token":
-            held = token_of_model(self.sp, role)  # to HF no special token, so not one in texts; it can pad
-        return None if held is None else str(held)
+        value = self._special[role]
+        if value is None and role == "pad_token":
+            value = token_of_model(self.sp, role)  # it pads, but in text it is not special, as in HF
+        return None if value is None else str(value)
 
     def set_token(self: Vocabulary, value: Any) -> None:
         parsed = parse_role(role, value)
@@ -84,8 +84,8 @@ def role_properties(role: str) -> tuple[property, property]:
         self._special[role] = parsed
 
     def token_id(self: Vocabulary) -> int | None:
-        held = token(self)
-        return None if held is None else self._token_to_id(held)
+        name = token(self)
+        return None if name is None else self._token_to_id(name)
 
     def set_token_id(self: Vocabulary, number: Any) -> None:
         set_token(self, None if number is None else self.convert_ids_to_tokens(number))
@@ -96,7 +96,7 @@ def role_properties(role: str) -> tuple[property, property]:
 class Vocabulary:
     """The pieces of ``sp``, the tokens added to them, and the tokens that have a role.
 
-    ``special`` holds tokens by role (some of ROLES), ``added`` the ids of tokens that a file adds.
+    ``special`` maps roles (some of ROLES) to tokens, ``added`` maps the tokens of added_tokens.json to ids.
     """
 
     bos_token, bos_token_id = role_properties("bos_token")
@@ -108,13 +108,13 @@ class Vocabulary:
         self.sp = sp
         self._special = {role: parse_role(role, token) for role, token in {**dict.fromkeys(ROLES), **special}.items()}
         self._added: dict[str, int] = {}
-        self._whole: set[str] = set()  # tokens cut out of the text before sentencepiece sees it, by the pattern _cuts
+        self._no_split: set[str] = set()  # tokens that _no_split_pattern cuts out before sentencepiece runs
         self._restore_added(added)
         self.add_tokens(self._special_tokens(), special_tokens=True)
 
     @property
     def vocab_size(self) -> int:
-        """Pieces of the sentencepiece model, without added tokens."""
+        """Number of pieces in the sentencepiece model, without added tokens."""
         return self.sp.get_piece_size()
 
     def __len__(self) -> int:
@@ -127,13 +127,13 @@ class Vocabulary:
     # ------------------------------------------------------------------ token and id
 
     def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> Any:
-        """Id of a token (int) or of several (list); a token outside the vocabulary has the id of ``<unk>``."""
+        """Id of a token (int) or of several (list); a token outside the vocabulary gets the id of ``<unk>``."""
         if isinstance(tokens, str):
             return self._token_to_id(checked_text(tokens))
         return [self._token_to_id(checked_text(token)) for token in tokens]
 
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
-        """Token of an id (str) or of several, in a sequence or 1-D tensor (list)."""
+        """Token of an id (str), or tokens of a sequence or 1-D tensor of ids (list)."""
         if isinstance(ids, int):
             return self._id_to_token(ids)
         skipped = set(self.all_special_ids) if skip_special_tokens else set()
@@ -150,7 +150,7 @@ class Vocabulary:
         return self.sp.id_to_piece(number)
 
     def _knows(self, token: str) -> bool:
-        unknown = self.sp.unk_id()  # of what is no piece, of "<unk>" itself and of a token that stands for it
+        unknown = self.sp.unk_id()  # the id of "<unk>", of a token in its place and of every str that is no piece
         named = token in (self.unk_token, self.sp.id_to_piece(unknown))
         return named or token in self._added or self.sp.piece_to_id(token) != unknown
 
@@ -163,34 +163,34 @@ class Vocabulary:
 
     @property
     def all_special_ids(self) -> list[int]:
-        """Their ids: what ``skip_special_tokens`` skips."""
+        """Ids of ``all_special_tokens``; ``skip_special_tokens`` skips them."""
         return [self._token_to_id(token) for token in self.all_special_tokens]
 
     def _special_tokens(self, roles: Iterable[str] = ROLES) -> list[Token]:
-        held = [self._special[role] for role in roles]
-        return [token for entry in held if entry for token in (entry if isinstance(entry, list) else [entry])]
+        values = [self._special[role] for role in roles]
+        return [token for entry in values if entry for token in (entry if isinstance(entry, list) else [entry])]
 
     # ------------------------------------------------------------------ new tokens
 
     def add_tokens(self, tokens: Token | Sequence[Token], special_tokens: bool = False) -> int:
-        """Give each token that is new the next free id; returns how many were.
+        """Give each new token the next free id; returns the number of new tokens.
 
-        New tokens are never split; with ``special_tokens`` neither are those the vocabulary had already.
-        The embedding of the model must then have ``len(tokenizer)`` rows.
+        New tokens are never split; with ``special_tokens``, tokens already in the vocabulary are not split either.
+        The model's embedding then needs ``len(tokenizer)`` rows.
         """
         tokens = [tokens] if isinstance(tokens, (str, AddedToken)) else tokens
         names = [str(parse_token(token, "an added token")) for token in tokens]
         new = [name for name in dict.fromkeys(names) if not self._knows(name)]
         self._added.update({name: len(self) + i for i, name in enumerate(new)})
         self._added_names = list(self._added)  # in the order of their ids
-        self._whole.update(names if special_tokens else new)
-        longest_first = sorted(self._whole, key=len, reverse=True)  # "<ab>" is no "<a" and a rest
-        pattern = "|".join(map(re.escape, longest_first)) or "(?!)"  # which matches nothing
-        self._cuts = re.compile(f"({pattern})")
+        self._no_split.update(names if special_tokens else new)
+        longest_first = sorted(self._no_split, key=len, reverse=True)  # "<a" must not match in "<ab>"
+        pattern = "|".join(map(re.escape, longest_first)) or "(?!)"  # (?!) matches nothing
+        self._no_split_pattern = re.compile(f"({pattern})")
         return len(new)
 
     def add_special_tokens(self, tokens: Mapping[str, Any], replace_additional_special_tokens: bool = True) -> int:
-        """Give tokens their roles, e.g. ``{"pad_token": "<pad>"}``; returns how many were new to the vocabulary."""
+        """Give tokens their roles, e.g. ``{"pad_token": "<pad>"}``; returns the number of new tokens."""
         parsed = {role: parse_role(role, token) for role, token in tokens.items()}
         if LIST_ROLE in parsed and not replace_additional_special_tokens:
             parsed[LIST_ROLE] = list(dict.fromkeys(self._special[LIST_ROLE] + parsed[LIST_ROLE]))
@@ -198,9 +198,9 @@ class Vocabulary:
         return self.add_tokens(self._special_tokens(parsed), special_tokens=True)
 
     def _restore_added(self, added: Mapping[str, int]) -> None:
-        """Add tokens with the ids that added_tokens.json gives them; no other ids could be kept."""
+        """Add the tokens of added_tokens.json; raises ``TokenizerError`` if a token would get another id."""
         if wrong := [token for token, number in added.items() if type(number) is not int]:
-            raise TokenizerError(f"added token {wrong[0]!r} has the id {added[wrong[0]]!r}, which is no integer")
+            raise TokenizerError(f"added token {wrong[0]!r} has the id {added[wrong[0]]!r}, which is not an integer")
         for token, number in sorted(added.items(), key=lambda item: item[1]):
             known = self._knows(token)
             here = self._token_to_id(token) if known else len(self)
