@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 NATIVE := checkpoints/open-llama-tiny-native
 
-.PHONY: help demo test check parity record clean
+.PHONY: help demo test check parity package record clean
 
 help:
 	@echo "make demo    convert the shipped checkpoint and continue an English and a Chinese prompt"
 	@echo "make test    run the test suite, comparing with transformers 4.31.0"
 	@echo "make check   lint, types, tests: what continuous integration runs"
 	@echo "make parity  the long comparison with transformers 4.31.0"
+	@echo "make package build the wheel, install it in an empty environment and use it there"
+	@echo "make record  write tests/recorded: outputs of transformers 4.31.0"
+	@echo "make clean   remove .venv and what make demo wrote"
 
 demo: .venv/.installed
 	$(BIN)/openllama convert checkpoints/open-llama-tiny $(NATIVE) --overwrite
@@ -27,6 +30,9 @@ check: .venv/.installed-test .venv/.installed-dev
 
 parity: .venv/.installed-test
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests/parity
+
+package:
+	$(PYTHON) .ci/package.py
 
 # Outputs of transformers 4.31.0 for Pythons that cannot install it.
 record: .venv/.installed-test
