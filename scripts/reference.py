@@ -96,7 +96,8 @@ def summary(module: Any) -> str:
 def entry(name: str, value: Any) -> Iterator[str]:
     """Paragraphs on one public name."""
     if name in ALIASES:
-        yield code(f"{name} = {re.sub(r'[a-z_]+[.]', '', str(value))}")
+        short = re.sub(r"[a-z_]+[.]|'", "", str(value))  # collections.abc.Callable -> Callable
+        yield code(f"{name} = {short}")
         yield ALIASES[name]
     elif inspect.isclass(value):
         yield from class_entry(name, value)
