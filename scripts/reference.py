@@ -59,6 +59,9 @@ the files that this package writes, which every later version reads. May change 
 [CHANGELOG.md](../CHANGELOG.md): all other names on this page, and the options of the command line. Names that are not
 on this page are internal and may change at any time.
 
+In signatures `LanguageModel` stands for an `OpenLlamaForCausalLM`, and `Unpack[Arguments]` for the arguments of
+`openllama.generation.prepare`.
+
 Shapes: B batch, T query length, S key length, H heads, D head dim, C hidden size, V vocabulary; L is the length of a
 prompt or a sequence.
 """
@@ -115,7 +118,7 @@ def class_entry(name: str, cls: type) -> Iterator[str]:
     if issubclass(cls, BaseException):
         yield f"Bases: {', '.join(f'`{base.__name__}`' for base in cls.__bases__)}"
     elif "__init__" in vars(cls) and not dataclasses.is_dataclass(cls):
-        yield code(name + signature(cls.__init__))
+        yield code(name + signature(cls.__init__, skipped=1))
     yield documentation(cls)
     listed = [base for base in cls.__mro__[1:] if base in public_objects().values()]
     if listed and not issubclass(cls, BaseException):
@@ -136,18 +139,18 @@ def method(name: str, value: Any) -> Iterator[str]:
     if isinstance(value, property):
         yield code(f"{name}: {function.__annotations__['return']}  # property")
     else:
-        yield code(name + signature(function) + ("  # class method" if isinstance(value, classmethod) else ""))
+        yield code(
+            name + signature(function, skipped=1) + ("  # class method" if isinstance(value, classmethod) else "")
+        )
     if function.__doc__:
         yield documentation(function)
 
 
-def signature(function: Any) -> str:
-    """``(x: Tensor, size: int = 1) -> Tensor`` without ``self``; long ones with a line for each argument."""
+def signature(function: Any, skipped: int = 0) -> str:
+    """``(x: Tensor, n: int = 1) -> Tensor``; ``skipped=1`` leaves out ``self``. Long ones get a line per argument."""
     found = inspect.signature(function)
     arguments: list[str] = []
-    for argument in found.parameters.values():
-        if argument.name in ("self", "cls"):
-            continue
+    for argument in [*found.parameters.values()][skipped:]:
         if argument.kind is argument.KEYWORD_ONLY and not any(text.startswith("*") for text in arguments):
             arguments.append("*")
         arguments.append(re.sub(r"^(\S+: )'(.*?)'", r"\1\2", str(argument)))  # annotations are strings
