@@ -15,7 +15,7 @@ CHUNK_LOGITS = 2**22  # logits that the chunked loss holds at a time: 16 MiB in 
 
 def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy of logits (B, T, V) at t against labels (B, T) at t + 1; -100 is ignored."""
-    return F.cross_entropy(_upcast(logits[:, :-1].flatten(0, 1)), _targets(labels, logits.device))
+    return F.cross_entropy(_upcast(logits[:, :-1].contiguous().flatten(0, 1)), _targets(labels, logits.device))
 
 
 def chunked_causal_lm_loss(hidden: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
@@ -109,4 +109,4 @@ def _upcast(logits: Tensor) -> Tensor:
 
 
 def _targets(labels: Tensor, device: torch.device) -> Tensor:
-    return labels[:, 1:].flatten().to(device, torch.long)
+    return labels[:, 1:].contiguous().flatten().to(device, torch.long)

@@ -66,5 +66,6 @@ def cos_sin(
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each feature pair of x (B, T, H, D) by its position's angle, in the dtype of x."""
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    x1, x2 = x.chunk(2, dim=-1)
+    half = x.shape[-1] // 2
+    x1, x2 = x[..., :half], x[..., half:]  # not chunk, whose gradient has other strides than HF's
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)

@@ -1,53 +1,81 @@
-"""``python -m tests.parity.record``: run the oracle and write what it returns to tests/recorded."""
+"""``python -m tests.parity.record``: let the oracle confirm the golden numbers, and write them.
+
+Nothing is written unless transformers' float32 numbers are close to all of them and its ids are the same.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import platform
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from openllama.checkpoint import hf_to_native
-from tests import recorded_cases as cases
+from tests import golden_cases as cases
 from tests.oracle import transformers
-from tests.parity.draws import randomise_norms
+from tests.parity.draws import hf_model
 
 
-def record(name: str) -> dict[str, Tensor]:
-    """Weights, inputs, outputs and gradients of a fresh HF model, as one recording holds them."""
-    config = cases.config_of(name)
-    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in ("extra",)}
+def oracle(name: str) -> Any:
+    """A fresh transformers model of a case in float32; fresh, because its dynamic RoPE remembers earlier calls."""
+    if name == cases.SHIPPED:
+        return transformers.OpenLlamaForCausalLM.from_pretrained(cases.FOLDER).eval()
     head = "ForSequenceClassification" if name == "classifier" else "ForCausalLM"
-    torch.manual_seed(len(name))
-    model = getattr(transformers, f"OpenLlama{head}")(transformers.OpenLlamaConfig(**fields))
-    randomise_norms(model, len(name)).eval()
-    weights = {key: value.clone() for key, value in model.state_dict().items()}
-    inputs = cases.inputs_of(name)
-    outputs = cases.outputs_of(model, inputs)
-    kinds = {
-        "weights": weights,
-        "inputs": inputs,
-        "outputs": outputs,
-        "gradients": hf_to_native(cases.gradients_of(model)),
+    return hf_model(cases.config_of(name), len(name), f"OpenLlama{head}")
+
+
+def weights_of(name: str) -> dict[str, Tensor]:
+    """Those of a drawn model, as HF stores them but for ``inv_freq``; the shipped model has its own files."""
+    if name == cases.SHIPPED:
+        return {}
+    state = oracle(name).state_dict()
+    return {key: value.clone() for key, value in state.items() if not key.endswith("inv_freq")}
+
+
+def golden(name: str) -> dict[str, Tensor]:
+    """All that the file holds of a case; ids are those of our float32 model, as torch draws others in float64."""
+    weights, inputs = weights_of(name), cases.inputs_of(name)
+    texts = cases.texts_of(cases.our_model(name, weights), inputs)
+    return {
+        **{f"weights/{key}": value for key, value in weights.items()},
+        **{f"inputs/{key}": value for key, value in inputs.items()},
+        **{f"outputs/{key}": value for key, value in texts.items()},
+        **cases.golden_numbers(name, weights, inputs),
     }
-    return {f"{kind}/{key}": value.contiguous() for kind, part in kinds.items() for key, value in part.items()}
+
+
+def confirm(name: str, tensors: dict[str, Tensor]) -> None:
+    """Raise ``AssertionError`` unless transformers has these weights, makes these ids, and numbers close to these."""
+    inputs = {key.removeprefix("inputs/"): value for key, value in tensors.items() if key.startswith("inputs/")}
+    exact = {f"weights/{key}": value for key, value in weights_of(name).items()}
+    exact |= {f"outputs/{key}": value for key, value in cases.texts_of(oracle(name), inputs).items()}
+    close = cases.numbers_of(oracle(name), name, inputs)
+    differing = tensors.keys() ^ {*(f"inputs/{key}" for key in inputs), *exact, *close}
+    if differing:
+        raise AssertionError(f"{name}: not on both sides: {sorted(differing)}")
+    for key, value in exact.items():
+        if not torch.equal(tensors[key], value):
+            raise AssertionError(f"{name}: {key} is not what transformers has")
+    for key, value in close.items():
+        torch.testing.assert_close(tensors[key], value, msg=lambda text, key=key: f"{name}: {key}: {text}")
 
 
 def main() -> None:
-    header = {
+    header: dict[str, Any] = {
         "transformers": transformers.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
     }
-    cases.FOLDER.mkdir(exist_ok=True)
+    tensors: dict[str, Tensor] = {}
     for name in cases.CASES:
-        metadata = {key: json.dumps(value) for key, value in header.items()}
-        metadata["config"] = json.dumps(cases.config_of(name).to_dict())
-        save_file(record(name), cases.FOLDER / f"{name}.safetensors", metadata)
+        case = golden(name)
+        confirm(name, case)
+        header[name] = cases.config_of(name).to_dict()
+        tensors |= {f"{name}/{key}": value.contiguous() for key, value in case.items()}
+    save_file(tensors, cases.FILE, {key: json.dumps(value) for key, value in header.items()})
 
 
 if __name__ == "__main__":
