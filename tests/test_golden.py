@@ -12,7 +12,7 @@ from tests import golden_cases as cases
 # rounds them to the other one.
 EXCEPTIONS = 5
 
-pytestmark = pytest.mark.filterwarnings("ignore:a text of more than")
+pytestmark = pytest.mark.filterwarnings("ignore:a sequence of more than")
 
 
 @pytest.mark.parametrize("name", cases.CASES)

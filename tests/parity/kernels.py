@@ -1,12 +1,12 @@
 """Which kernels a computation calls, and how their operands lie in memory.
 
-A matrix product is rounded as its kernel pleases, and the kernel is chosen by shapes, strides, alignment and
-processor. Two computations that ask for the same products of operands that lie alike, and agree in all else, have the
-same bits on every processor, whichever kernels it has. So do sums and activations, whose vectorised part and whose
-remainder round differently.
+How a matrix product rounds depends on the kernel that computes it, and the kernel is chosen by shapes, strides, alignment
+and processor. If two computations call the same products with operands of the same layout, and are equal otherwise, they
+give the same bits on every processor, whichever kernels it has. The same holds for sums and activations, because their
+vectorised part rounds differently from the remainder.
 
-All else is rounded correctly wherever it lies, or moves numbers, or depends on the number alone. Whether both sides do
-the same there is seen from their equal bits on any one processor.
+Every other kernel rounds correctly in any layout, or only moves numbers, or depends on each number alone. Equal bits on
+one processor show that both sides do the same there.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ KINDS = {
     "frequency": "pow.Scalar",  # rounded as well, but HF computes it when a model is built
     "angle": "cos sin",  # by the number alone
     "exact": (
-        "add sub rsub mul div reciprocal sqrt neg abs maximum max min amax aminmax clamp relu threshold_backward "
+        "add sub rsub mul div reciprocal sqrt neg abs maximum minimum max min amax aminmax clamp nan_to_num relu threshold_backward "
         "eq ne lt le gt ge any all where masked_fill argmax topk sort multinomial isnan isinf normal uniform "
         "view _unsafe_view clone copy _to_copy lift_fresh cat stack repeat gather scatter scatter_add index "
         "index_select index_put embedding fill zero full_like ones_like zeros_like empty_like new_empty_strided "

@@ -9,7 +9,7 @@ from tests import golden_cases as cases
 from tests.oracle import compared, transformers
 from tests.parity.record import confirm, golden
 
-pytestmark = pytest.mark.filterwarnings("ignore:a text of more than")
+pytestmark = pytest.mark.filterwarnings("ignore:a sequence of more than")
 
 
 def stored(name: str) -> dict[str, torch.Tensor]:

@@ -20,11 +20,11 @@ from openllama.cache import PreallocatedCache
 from tests.draw import examples
 from tests.oracle import compared
 from tests.parity import draws
-from tests.parity.generation import lengths, models, prompts, warpings
+from tests.parity.generation import filterings, lengths, models, prompts
 from tests.parity.kernels import Call, Recorder, record
 from tests.tiny import tiny_config, tiny_ids
 
-pytestmark = pytest.mark.filterwarnings("ignore:a text of more than")
+pytestmark = pytest.mark.filterwarnings("ignore:a sequence of more than")
 
 OWN_HEAD: dict[str, Any] = {"shared_input_output_embedding": False}
 VOCABULARY = 97  # no other size or product of sizes: an operand that has it is that of the head
@@ -107,9 +107,9 @@ def test_greedy_search_calls_the_kernels_of_hf(data, config, seed, use_cache):
 
 
 @examples(12)
-@given(data=st.data(), config=models(**OWN_HEAD), seed=draws.seeds, warping=warpings)
-def test_sampling_calls_the_kernels_of_hf(data, config, seed, warping):
-    assert_generating_calls_the_kernels_of_hf(data, config, seed, do_sample=True, **warping)
+@given(data=st.data(), config=models(**OWN_HEAD), seed=draws.seeds, filtering=filterings)
+def test_sampling_calls_the_kernels_of_hf(data, config, seed, filtering):
+    assert_generating_calls_the_kernels_of_hf(data, config, seed, do_sample=True, **filtering)
 
 
 @examples(8)
