@@ -99,7 +99,9 @@ def id_or_ids(value: Any) -> int | list[int]:
 class Settings:
     """Base of the configurations: fields that are checked by their rules and then stay as they are."""
 
-    refusal: ClassVar[type[OpenLlamaError]]  # what a value raises that its rule does not let pass
+    refusal: ClassVar[type[OpenLlamaError]]  # the error for a value that its rule does not let pass
+    held_by: ClassVar[str]  # for the error of an assignment: where the configuration is kept,
+    taken_by: ClassVar[str]  # and what takes its fields as arguments
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -112,8 +114,8 @@ class Settings:
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__ or name not in self.field_names():
             raise dataclasses.FrozenInstanceError(
-                f"a config does not change; set model.config = dataclasses.replace(model.config, {name}={value!r}), "
-                "or pass the field to from_pretrained"
+                f"a config does not change; set {self.held_by} = "
+                f"dataclasses.replace({self.held_by}, {name}={value!r}), or pass {name} to {self.taken_by}"
             )
         super().__setattr__(name, value)
 
@@ -188,6 +190,8 @@ class OpenLlamaConfig(Settings):
     """
 
     refusal: ClassVar[type[OpenLlamaError]] = ConfigError
+    held_by: ClassVar[str] = "model.config"
+    taken_by: ClassVar[str] = "from_pretrained"
     model_type: ClassVar[str] = MODEL_TYPE  # adapters look for it
 
     vocab_size: int = setting(100000, integer(1))  # V: rows of the embedding table; may exceed the tokenizer's pieces

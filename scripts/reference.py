@@ -187,7 +187,7 @@ def comment(item: ast.AnnAssign, lines: list[str]) -> str:
     behind = lines[item.end_lineno - 1].encode()[item.end_col_offset :].decode()  # type: ignore[operator]
     if text := re.sub(r"^ *(# type: \S+ *)?(# )?", "", behind):
         return text
-    above = itertools.takewhile(lambda line: line.startswith("    # "), reversed(lines[: item.lineno - 1]))
+    above = itertools.takewhile(lambda line: re.match("    # (?!--)", line), reversed(lines[: item.lineno - 1]))
     return " ".join(line.strip("# ") for line in reversed([*above]))
 
 

@@ -73,65 +73,79 @@ NOT_ZERO = " (for the likeliest token use do_sample=False)"
 class GenerationConfig(Settings):
     """Settings of ``generate``, with the names and defaults of transformers 4.31.0.
 
-    Each can be given to ``generate`` by name and then wins over the model's own. Raises
-    ``InputError`` for a value that cannot be meant; which settings go together is checked when they
-    are used.
+    Each can be given to ``generate`` by name and then replaces the model's own. An impossible value raises
+    ``InputError``; ``generate`` checks which settings can be combined.
     """
 
     refusal: ClassVar[type[OpenLlamaError]] = InputError
+    held_by: ClassVar[str] = "model.generation_config"
+    taken_by: ClassVar[str] = "generate"
 
-    # length
+    # -- length --
     max_length: int = setting(20, integer(1))  # tokens of prompt and continuation together
-    max_new_tokens: int | None = setting(None, optional(integer(1)))  # of the continuation; wins over max_length
-    min_length: int | None = setting(0, optional(integer(0)))  # no end before so many of prompt and continuation
-    min_new_tokens: int | None = setting(None, optional(integer(0)))  # no end before so many of the continuation
-    max_time: float | None = setting(None, optional(number("(0, inf)")))  # seconds; after that no token is begun
+    max_new_tokens: int | None = setting(None, optional(integer(1)))  # tokens of the continuation; replaces max_length
+    min_length: int | None = setting(0, optional(integer(0)))  # eos is not generated before; counts the prompt
+    min_new_tokens: int | None = setting(None, optional(integer(0)))  # the same, not counting the prompt
+    max_time: float | None = setting(None, optional(number("(0, inf)")))  # seconds; no further token is started after
 
-    # strategy
+    # -- strategy --
     do_sample: bool = setting(False, boolean)  # draw from the distribution; else take the likeliest token
     num_beams: int = setting(1, integer(1))  # sequences that beam search follows at a time; 1: no beam search
     num_beam_groups: int = setting(1, integer(1))  # groups of beams that avoid each other's tokens
-    diversity_penalty: float | None = setting(0.0, optional(number("[0, inf)", off("0.0"))))  # per beam that took it
-    # once num_beams sequences have ended, beam search stops: True: at once; "never": when no other can become better;
-    # False: when no other is better now
+    # subtracted from a token's score for each beam of an earlier group that has taken the token
+    diversity_penalty: float | None = setting(0.0, optional(number("[0, inf)", off("0.0"))))
+    # when beam search stops, once num_beams sequences have ended: True: at once; False: when no running beam has a
+    # better score now; "never": when no running beam can reach a better score
     early_stopping: bool | Literal["never"] = setting(False, one_of(True, False, "never"))
-    length_penalty: float = setting(1.0, number(hint=off("0.0")))  # beams: score / length ** this; above 0: longer
-    penalty_alpha: float | None = setting(None, optional(number("[0, 1]", off("None"))))  # of contrastive search
-    prompt_lookup_num_tokens: int | None = setting(None, optional(integer(1)))  # tokens guessed from the ids so far
-    max_matching_ngram_size: int = setting(2, integer(1))  # prompt lookup: tokens that recur before a guess, at most
-    use_cache: bool = setting(True, boolean)  # off: compute the whole sequence anew for each token
+    # beams are ranked by score / length ** length_penalty: above 0 favours long sequences
+    length_penalty: float = setting(1.0, number(hint=off("0.0")))
+    penalty_alpha: float | None = setting(None, optional(number("[0, 1]", off("None"))))  # turns on contrastive search
+    prompt_lookup_num_tokens: int | None = setting(None, optional(integer(1)))  # tokens to guess from the text so far
+    max_matching_ngram_size: int = setting(2, integer(1))  # prompt lookup: longest n-gram that is searched for
+    use_cache: bool = setting(True, boolean)  # False: compute the whole sequence again for each token
     num_return_sequences: int = setting(1, integer(1))  # continuations of each prompt
 
-    # which tokens sampling may draw
-    temperature: float | None = setting(1.0, optional(number("(0, inf)", NOT_ZERO)))  # below 1 sharpens, above flattens
-    top_k: int | None = setting(50, optional(integer(0, off("0"))))  # the k likeliest tokens
-    top_p: float | None = setting(1.0, optional(number("(0, 1]", off("1.0"))))  # the likeliest, of probability p in all
-    min_p: float | None = setting(None, optional(number("[0, 1]", off("None"))))  # at least this share of the likeliest
-    typical_p: float | None = setting(1.0, optional(number("(0, 1]", off("1.0"))))  # the least surprising, p in all
-    epsilon_cutoff: float | None = setting(0.0, optional(number("[0, 1)", off("0.0"))))  # at least so likely
-    eta_cutoff: float | None = setting(0.0, optional(number("[0, 1)", off("0.0"))))  # the same, less where all are
+    # -- sampling filters --
+    # logits are divided by the temperature: below 1 sharpens the distribution, above 1 flattens it
+    temperature: float | None = setting(1.0, optional(number("(0, inf)", NOT_ZERO)))
+    top_k: int | None = setting(50, optional(integer(0, off("0"))))  # keep the k likeliest tokens
+    # keep the likeliest tokens whose probabilities sum to top_p
+    top_p: float | None = setting(1.0, optional(number("(0, 1]", off("1.0"))))
+    # keep tokens at least min_p times as likely as the likeliest
+    min_p: float | None = setting(None, optional(number("[0, 1]", off("None"))))
+    # keep the tokens whose surprise is nearest the expected one and whose probabilities sum to typical_p
+    typical_p: float | None = setting(1.0, optional(number("(0, 1]", off("1.0"))))
+    epsilon_cutoff: float | None = setting(
+        0.0, optional(number("[0, 1)", off("0.0")))
+    )  # keep tokens at least this likely
+    # like epsilon_cutoff, with a lower bar where the distribution is flat
+    eta_cutoff: float | None = setting(0.0, optional(number("[0, 1)", off("0.0"))))
 
-    # scores of tokens
-    repetition_penalty: float | None = setting(1.0, optional(number("(0, inf)", off("1.0"))))  # above 1: repeats less
-    no_repeat_ngram_size: int | None = setting(0, optional(integer(0, off("0"))))  # no so many tokens come twice
-    bad_words_ids: list[list[int]] | None = setting(None, optional(id_lists))  # sequences that never come
-    sequence_bias: Mapping[tuple[int, ...], float] | None = setting(None, optional(bias))  # for the token that ends one
-    suppress_tokens: list[int] | None = setting(None, optional(token_ids))  # never come
-    begin_suppress_tokens: list[int] | None = setting(None, optional(token_ids))  # do not come first
-    forced_bos_token_id: int | None = setting(None, optional(integer()))  # follows a prompt of one token
-    forced_eos_token_id: int | list[int] | None = setting(None, optional(id_or_ids))  # last where max_length is reached
-    exponential_decay_length_penalty: tuple[int, float] | None = setting(None, optional(wait_and_factor))  # for eos
+    # -- scores of tokens --
+    # above 1 makes tokens of the sequence so far less likely
+    repetition_penalty: float | None = setting(1.0, optional(number("(0, inf)", off("1.0"))))
+    no_repeat_ngram_size: int | None = setting(0, optional(integer(0, off("0"))))  # no n-gram of this size comes twice
+    bad_words_ids: list[list[int]] | None = setting(None, optional(id_lists))  # sequences that are never generated
+    # added to the score of the token that would complete a sequence
+    sequence_bias: Mapping[tuple[int, ...], float] | None = setting(None, optional(bias))
+    suppress_tokens: list[int] | None = setting(None, optional(token_ids))  # tokens that are never generated
+    begin_suppress_tokens: list[int] | None = setting(None, optional(token_ids))  # tokens that are not generated first
+    forced_bos_token_id: int | None = setting(None, optional(integer()))  # the token after a prompt of one token
+    # the last token of a sequence that reaches max_length
+    forced_eos_token_id: int | list[int] | None = setting(None, optional(id_or_ids))
+    # (new tokens to wait, factor per token) for the score of the eos token
+    exponential_decay_length_penalty: tuple[int, float] | None = setting(None, optional(wait_and_factor))
     remove_invalid_values: bool = setting(False, boolean)  # NaN becomes 0, infinity the largest number
     renormalize_logits: bool = setting(False, boolean)  # end with log-probabilities
 
-    # what is returned
+    # -- output --
     return_dict_in_generate: bool = setting(False, boolean)  # a GenerateOutput instead of ids
     output_scores: bool = setting(False, boolean)  # with the scores each token was picked by
     output_logits: bool = setting(False, boolean)  # with the model's own logits
     output_attentions: bool = setting(False, boolean)
     output_hidden_states: bool = setting(False, boolean)
 
-    # special tokens
+    # -- special tokens --
     pad_token_id: int | None = setting(None, optional(integer()))  # follows a sequence that ends before its batch does
     bos_token_id: int | None = setting(None, optional(integer()))  # begins a sequence where no prompt is given
     eos_token_id: int | list[int] | None = setting(None, optional(id_or_ids))  # each ends a sequence

@@ -1,9 +1,9 @@
 """Which kernels a computation calls, and how their operands lie in memory.
 
-How a matrix product rounds depends on the kernel that computes it, and the kernel is chosen by shapes, strides, alignment
-and processor. If two computations call the same products with operands of the same layout, and are equal otherwise, they
-give the same bits on every processor, whichever kernels it has. The same holds for sums and activations, because their
-vectorised part rounds differently from the remainder.
+How a matrix product rounds depends on the kernel that computes it, and the kernel is chosen by shapes, strides,
+alignment and processor. If two computations call the same products with operands of the same layout, and are equal
+otherwise, they give the same bits on every processor, whichever kernels it has. The same holds for sums and
+activations, because their vectorised part rounds differently from the remainder.
 
 Every other kernel rounds correctly in any layout, or only moves numbers, or depends on each number alone. Equal bits on
 one processor show that both sides do the same there.
@@ -29,11 +29,12 @@ KINDS = {
     "frequency": "pow.Scalar",  # rounded as well, but HF computes it when a model is built
     "angle": "cos sin",  # by the number alone
     "exact": (
-        "add sub rsub mul div reciprocal sqrt neg abs maximum minimum max min amax aminmax clamp nan_to_num relu threshold_backward "
-        "eq ne lt le gt ge any all where masked_fill argmax topk sort multinomial isnan isinf normal uniform "
-        "view _unsafe_view clone copy _to_copy lift_fresh cat stack repeat gather scatter scatter_add index "
-        "index_select index_put embedding fill zero full_like ones_like zeros_like empty_like new_empty_strided "
-        "new_full new_zeros new_ones new_empty slice_backward select_backward _local_scalar_dense"
+        "add sub rsub mul div reciprocal sqrt neg abs maximum minimum max min amax aminmax clamp relu "
+        "nan_to_num threshold_backward eq ne lt le gt ge any all where masked_fill argmax topk sort "
+        "multinomial isnan isinf normal uniform view _unsafe_view clone copy _to_copy lift_fresh cat stack "
+        "repeat gather scatter scatter_add index index_select index_put embedding fill zero full_like "
+        "ones_like zeros_like empty_like new_empty_strided new_full new_zeros new_ones new_empty "
+        "slice_backward select_backward _local_scalar_dense"
     ),
 }
 KIND_OF = {kernel: kind for kind, kernels in KINDS.items() for kernel in kernels.split()}
