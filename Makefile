@@ -3,30 +3,40 @@ PYTHON ?= python3
 BIN := .venv/bin
 NATIVE := checkpoints/open-llama-tiny-native
 
-.PHONY: help demo test check parity package record clean
+# What a change breaks first, in seconds: the parts of the model, and the whole of it against transformers.
+QUICK := $(addprefix tests/test_,$(addsuffix .py,attention cache config fidelity generation losses masks names \
+	reader recorded rope)) tests/parity/test_model_parity.py::test_every_value_and_gradient_is_hf_s
+
+.PHONY: help demo quick test lint check parity package record clean
 
 help:
-	@echo "make demo    convert the shipped checkpoint and continue an English and a Chinese prompt"
-	@echo "make test    run the test suite, comparing with transformers 4.31.0"
-	@echo "make check   lint, types, tests: what continuous integration runs"
-	@echo "make parity  the long comparison with transformers 4.31.0"
-	@echo "make package build the wheel, install it in an empty environment and use it there"
-	@echo "make record  write tests/recorded: outputs of transformers 4.31.0"
-	@echo "make clean   remove .venv and what make demo wrote"
+	@echo "make demo        convert the shipped checkpoint and continue an English and a Chinese prompt"
+	@echo "make quick       lint, types and the fastest tests, in less than 30 seconds: before each commit"
+	@echo "make test        the test suite, comparing with transformers 4.31.0"
+	@echo "make lint        lint and types"
+	@echo "make check       lint, types and the test suite: before a pull request"
+	@echo "make parity      the long comparison with transformers 4.31.0, with thousands of models"
+	@echo "make package     build the wheel, install it in an empty environment and use it there"
+	@echo "make record      write tests/recorded anew: outputs of transformers 4.31.0"
+	@echo "make clean       remove .venv and what make demo wrote"
 
 demo: .venv/.installed
 	$(BIN)/openllama convert checkpoints/open-llama-tiny $(NATIVE) --overwrite
 	$(BIN)/openllama generate $(NATIVE) --dtype float32 --prompt "ROMEO:" --prompt "春江花月夜" \
 		--max-new-tokens 100 --temperature 0.7 --seed 10
 
+quick: lint .venv/.installed-test
+	$(BIN)/python -m pytest --quiet $(QUICK)
+
 test: .venv/.installed-test
 	$(BIN)/python -m pytest
 
-check: .venv/.installed-test .venv/.installed-dev
+lint: .venv/.installed-test .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+
+check: lint test
 
 parity: .venv/.installed-test
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests/parity
