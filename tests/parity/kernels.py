@@ -29,11 +29,11 @@ KINDS = {
     "frequency": "pow.Scalar",  # rounded as well, but HF computes it when a model is built
     "angle": "cos sin",  # by the number alone
     "exact": (
-        "add sub rsub mul div reciprocal sqrt neg abs maximum max min amax aminmax clamp relu threshold_backward "
-        "eq ne lt le gt ge any all where masked_fill argmax topk sort multinomial isnan isinf normal uniform "
+        "add sub rsub mul div reciprocal sqrt neg abs maximum minimum max min amax aminmax clamp relu "
+        "threshold_backward eq ne lt le gt ge any all where masked_fill argmax topk sort multinomial isnan isinf "
         "view _unsafe_view clone copy _to_copy lift_fresh cat stack repeat gather scatter scatter_add index "
         "index_select index_put embedding fill zero full_like ones_like zeros_like empty_like new_empty_strided "
-        "new_full new_zeros new_ones new_empty slice_backward select_backward _local_scalar_dense"
+        "normal uniform new_full new_zeros new_ones new_empty slice_backward select_backward _local_scalar_dense"
     ),
 }
 KIND_OF = {kernel: kind for kind, kernels in KINDS.items() for kernel in kernels.split()}
