@@ -158,6 +158,7 @@ def read(name: str) -> dict[str, dict[str, Tensor]]:
 
 
 def read_header() -> dict[str, Any]:
-    """Versions, and the configuration of each case under its name."""
+    """The versions that made the file, and the configuration of each case."""
     with safe_open(FILE, "pt") as file:
-        return {key: json.loads(value) for key, value in file.metadata().items()}
+        header: dict[str, Any] = json.loads(file.metadata()["about"])
+        return header

@@ -8,7 +8,7 @@ import torch
 from openllama import OpenLlamaConfig
 from tests import golden_cases as cases
 
-# Of 240,000 float64 numbers a few may lie so close to the middle between two float32 numbers that another processor
+# Of 200,000 float64 numbers a few may lie so close to the middle between two float32 numbers that another processor
 # rounds them to the other one.
 EXCEPTIONS = 5
 
@@ -56,7 +56,7 @@ def test_rounding_does_not_decide_greedy_texts(name):
     out = model.generate(**inputs, max_new_tokens=cases.NEW, return_dict_in_generate=True, output_scores=True)
     assert torch.equal(out.sequences, golden["outputs"]["greedy"])
     first, second = torch.stack(out.scores).topk(2).values.unbind(-1)
-    assert (first - second).min() > 1e-3
+    assert (first - second).min() > 0.01
 
 
 @pytest.mark.parametrize("name", cases.CASES)
@@ -66,5 +66,5 @@ def test_inputs_and_configuration_are_those_of_the_case(name):
     for key, value in inputs.items():
         assert torch.equal(cases.read(name)["inputs"][key], value)
     header = cases.read_header()
-    assert header["transformers"] == "4.31.0"
-    assert OpenLlamaConfig.from_dict(header[name]) == cases.config_of(name)
+    assert header["versions"]["transformers"] == "4.31.0"
+    assert OpenLlamaConfig.from_dict(header["configurations"][name]) == cases.config_of(name)

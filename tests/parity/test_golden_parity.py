@@ -18,7 +18,7 @@ def stored(name: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", cases.CASES)
 def test_transformers_confirms_the_golden_numbers(name):
-    assert cases.read_header()["transformers"] == transformers.__version__
+    assert cases.read_header()["versions"]["transformers"] == transformers.__version__
     confirm(name, stored(name))
     compared["models, golden numbers"] += 1
 

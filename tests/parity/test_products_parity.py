@@ -6,6 +6,7 @@ same ones in the same order they get the same bits, whatever the processor does 
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -44,8 +45,8 @@ def assert_same_kernels(ours: Recorder, hf: Recorder, config: OpenLlamaConfig, r
         assert len(ours.products) == len(hf.products) > len(without_head(hf.products))
     else:
         assert ours.products == hf.products
-    kept = [[call for call in side.rounded if call.kernel not in rowwise] for side in (ours, hf)]
-    assert kept[0] == kept[1]
+    kept = [Counter(call for call in side.rounded if call.kernel not in rowwise) for side in (ours, hf)]
+    assert kept[0] == kept[1]  # in another order within a cutoff by entropy
 
 
 def pass_and_gradients(model: Any, batch: draws.Batch) -> tuple[Recorder, Recorder]:
@@ -234,8 +235,8 @@ def test_frequencies_are_computed_by_the_kernels_of_hf(data, config, seed):
     batch = data.draw(draws.batches(config))
     hf = []
     built = record(lambda: hf.append(draws.hf_model(config, seed)))
-    called = record(lambda: hf[0](**batch))  # under dynamic scaling computes them again
     twin = draws.our_twin(hf[0], config)
+    called = record(lambda: hf[0](**batch))  # under dynamic scaling computes them again
     ours = record(lambda: twin(**batch))
     assert ours.frequencies
     assert {*ours.frequencies} == {*built.frequencies, *called.frequencies}
