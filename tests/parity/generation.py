@@ -99,7 +99,7 @@ class Products(TorchDispatchMode):
     """The matrix products of what runs inside, with all that decides how they round.
 
     That is the shape, strides and alignment of each operand: where these are the same, so are the bits, on any
-    processor.
+    processor. (The stride of a dimension of one element leads nowhere, and is left out.)
     """
 
     def __init__(self) -> None:
@@ -108,9 +108,13 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in (aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default):
-            operands = ((tuple(a.shape), a.stride(), a.data_ptr() % 64) for a in args if isinstance(a, Tensor))
-            self.seen.append((function, *operands))
+            self.seen.append((function, *(self.operand(a) for a in args)))
         return function(*args, **(kwargs or {}))
+
+    @staticmethod
+    def operand(x: Tensor) -> tuple[Any, ...]:
+        strides = [stride if size > 1 else None for size, stride in zip(x.shape, x.stride(), strict=True)]
+        return tuple(x.shape), tuple(strides), x.data_ptr() % 64
 
 
 def both(config: OpenLlamaConfig, seed: int, prompt: Prompt, **settings: Any) -> tuple[Any, Any]:
