@@ -1,6 +1,6 @@
 """What the pages show is what happens: every Markdown page is run, and output is compared line by line.
 
-In a ```python block the comments below a statement that prints are its output. In a ```console block a line that begins
+In a ```python block the comments directly below a statement are its output. In a ```console block a line that begins
 with "$ " is a command, and what follows is its output; "..." stands for what varies, such as a speed. Commands of this
 package and ``make demo`` are run. Of what takes minutes (training, benchmarks, other make targets) it is checked that
 the script or target and its options exist; no output may be shown for it.
@@ -46,9 +46,9 @@ def assert_shown(shown: str, printed: str) -> None:
 
 
 def shown_in(block: str) -> str:
-    """The comments that directly follow statements which print."""
+    """The comments that directly follow statements."""
     shown, printing = [], False
-    ends = {node.end_lineno: "print(" in ast.unparse(node) for node in ast.parse(block).body}
+    ends = {node.end_lineno: not isinstance(node, ast.FunctionDef) for node in ast.parse(block).body}
     for number, line in enumerate(block.splitlines(), start=1):
         if printing and line.startswith("# "):
             shown.append(line[2:])
@@ -67,8 +67,8 @@ def test_python_blocks_run_and_print_what_is_shown(page, monkeypatch, capsys):
             assert_shown(shown_in(block), capsys.readouterr().out)
 
 
-def test_comments_below_what_prints_are_taken_for_output_and_others_are_not():
-    assert shown_in("x = 1\n# a remark\nprint(x)\n# 1\n# 2\n\n# another\nprint(\n    x\n)\n# 3\n") == "1\n2\n3"
+def test_comments_below_a_statement_are_taken_for_output_and_others_are_not():
+    assert shown_in("x = 1\n\n# a remark\nprint(x)\n# 1\n# 2\n\n# another\nprint(\n    x\n)\n# 3\n") == "1\n2\n3"
 
 
 # --- commands ---
