@@ -100,6 +100,7 @@ class Settings:
     """Base of the configurations: fields that are checked by their rules and then stay as they are."""
 
     refusal: ClassVar[type[OpenLlamaError]]  # what a value raises that its rule does not let pass
+    advice: ClassVar[str]  # to those who assign to a field; {change} is what they wanted
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -112,8 +113,7 @@ class Settings:
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__ or name not in self.field_names():
             raise dataclasses.FrozenInstanceError(
-                f"a config does not change; set model.config = dataclasses.replace(model.config, {name}={value!r}), "
-                "or pass the field to from_pretrained"
+                f"a config does not change; {self.advice.format(change=f'{name}={value!r}')}"
             )
         super().__setattr__(name, value)
 
@@ -188,6 +188,9 @@ class OpenLlamaConfig(Settings):
     """
 
     refusal: ClassVar[type[OpenLlamaError]] = ConfigError
+    advice: ClassVar[str] = (
+        "set model.config = dataclasses.replace(model.config, {change}), or pass the field to from_pretrained"
+    )
     model_type: ClassVar[str] = MODEL_TYPE  # adapters look for it
 
     vocab_size: int = setting(100000, integer(1))  # V: rows of the embedding table; may exceed the tokenizer's pieces

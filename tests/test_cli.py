@@ -254,7 +254,7 @@ def test_a_text_ends_before_a_stop_string(capsys, folder, tmp_path, way):
 
     whole = continuation()
     stop = whole[-4:-2]
-    arguments += ("--stop", "never there", "--stop", stop)
+    arguments += ("--stop", "never there", f"--stop={stop}")  # which may begin with a dash
     prompt = "" if way == "lines" else "To be"
     made = whole.removeprefix(prompt)
     assert continuation() == prompt + made[: made.index(stop)]

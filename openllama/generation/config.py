@@ -79,6 +79,9 @@ class GenerationConfig(Settings):
     """
 
     refusal: ClassVar[type[OpenLlamaError]] = InputError
+    advice: ClassVar[str] = (
+        "set model.generation_config = model.generation_config.replace({change}), or pass the setting to generate"
+    )
 
     # length
     max_length: int = setting(20, integer(1))  # tokens of prompt and continuation together

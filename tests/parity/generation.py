@@ -9,13 +9,11 @@ import torch
 from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from openllama import OpenLlamaConfig
 from openllama.generation import GenerateOutput
 from tests.parity import draws
 
-aten = torch.ops.aten
 Prompt = dict[str, Tensor]
 
 
@@ -93,28 +91,6 @@ def processings(draw: st.DrawFn, config: OpenLlamaConfig) -> dict[str, Any]:
         available["exponential_decay_length_penalty"] = st.tuples(st.integers(0, 4), st.floats(0.8, 1.5))
     names = draw(st.lists(st.sampled_from(sorted(available)), max_size=4, unique=True))
     return {name: draw(available[name]) for name in names}
-
-
-class Products(TorchDispatchMode):
-    """The matrix products of what runs inside, with all that decides how they round.
-
-    That is the shape, strides and alignment of each operand: where these are the same, so are the bits, on any
-    processor. (The stride of a dimension of one element leads nowhere, and is left out.)
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[Any, ...]] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in (aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default):
-            self.seen.append((function, *(self.operand(a) for a in args)))
-        return function(*args, **(kwargs or {}))
-
-    @staticmethod
-    def operand(x: Tensor) -> tuple[Any, ...]:
-        strides = [stride if size > 1 else None for size, stride in zip(x.shape, x.stride(), strict=True)]
-        return tuple(x.shape), tuple(strides), x.data_ptr() % 64
 
 
 def both(config: OpenLlamaConfig, seed: int, prompt: Prompt, **settings: Any) -> tuple[Any, Any]:

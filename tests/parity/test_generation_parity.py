@@ -12,7 +12,6 @@ from tests.oracle import compared
 from tests.parity import draws
 from tests.parity.generation import (
     ALL_OUTPUTS,
-    Products,
     assert_same_outputs,
     both,
     filterings,
@@ -86,38 +85,6 @@ def test_ids_continued_from_past_key_values_equal_hf(config, seed, length):
         past = hf(ids[:, :-1]).past_key_values
     expected = hf.generate(ids, past_key_values=past, attention_mask=mask, max_new_tokens=6)
     assert torch.equal(ours.generate(ids, past_key_values=past, attention_mask=mask, max_new_tokens=6), expected)
-
-
-STRATEGIES = (
-    {},
-    {"use_cache": False},
-    {"do_sample": True},
-    {"num_beams": 3},
-    {"num_beams": 2, "do_sample": True},
-    {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0},
-    {"penalty_alpha": 0.6, "top_k": 4},
-)
-
-
-@examples(30)
-@given(
-    data=st.data(),
-    config=models(shared_input_output_embedding=False),
-    seed=draws.seeds,
-    strategy=st.sampled_from(STRATEGIES),
-)
-def test_every_product_of_eager_generation_has_hfs_shapes_strides_and_alignment(data, config, seed, strategy):
-    hf = draws.hf_model(config, seed)
-    ours = draws.our_twin(hf, config)
-    prompt, lists = data.draw(prompts(config)), []
-    for model in (hf, ours):
-        torch.manual_seed(seed)
-        with Products() as products:
-            model.generate(**prompt, max_new_tokens=7, **strategy)
-        lists.append(products.seen)
-    assert len(lists[0]) > 10
-    assert lists[1] == lists[0]
-    compared["models, products of generate"] += 1
 
 
 def test_more_new_tokens_than_there_is_room_for_give_hfs_ids():
