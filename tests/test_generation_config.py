@@ -110,6 +110,14 @@ def test_numbers_of_numpy_become_pythons():
     )
 
 
+def test_assigning_to_a_setting_says_how_to_change_it(model):
+    with pytest.raises(dataclasses.FrozenInstanceError) as caught:
+        model.generation_config.max_length = 50
+    assert "model.generation_config = model.generation_config.replace(max_length=50)" in str(caught.value)
+    assert model.generation_config.max_length == 20
+    assert model.generation_config.replace(max_length=50).max_length == 50
+
+
 def test_every_setting_has_a_rule_that_its_default_passes():
     for field in dataclasses.fields(GenerationConfig):
         default = getattr(GenerationConfig(), field.name)
