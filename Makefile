@@ -5,7 +5,7 @@ NATIVE := checkpoints/open-llama-tiny-native
 
 # What a change breaks first, in seconds: the parts of the model, and the whole of it against transformers.
 QUICK := $(addprefix tests/test_,$(addsuffix .py,attention cache config fidelity generation losses masks names \
-	reader recorded rope)) tests/parity/test_model_parity.py::test_every_value_and_gradient_is_hf_s
+	golden reader rope)) tests/parity/test_model_parity.py::test_every_value_and_gradient_is_hf_s
 
 .PHONY: help demo quick test lint check parity package record clean
 
@@ -17,7 +17,7 @@ help:
 	@echo "make check       lint, types and the test suite: before a pull request"
 	@echo "make parity      the long comparison with transformers 4.31.0, with thousands of models"
 	@echo "make package     build the wheel, install it in an empty environment and use it there"
-	@echo "make record      write tests/recorded anew: outputs of transformers 4.31.0"
+	@echo "make record      write tests/golden.safetensors again, confirmed by transformers 4.31.0"
 	@echo "make clean       remove .venv and what make demo wrote"
 
 demo: .venv/.installed
