@@ -3,7 +3,7 @@
     python benchmarks/layout.py [--draws N]
 
 Each draw is a product of random float32 matrices of random sizes, computed twice from equal numbers: with one operand
-as a transposed view and as a contiguous copy, or with a weight at a multiple of 64 bytes and 4 bytes behind one.
+as a transposed view and as a contiguous copy, or with a weight at a multiple of 64 bytes and 4 bytes after one.
 """
 
 from __future__ import annotations

@@ -95,8 +95,7 @@ class PreallocatedCache:
             )
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> KeyValue:
-        """Write the new keys and values behind the old ones and return views of all of them."""
-        self.check_room(key.shape[2])
+        """Write the new keys and values after the old ones and return views of all of them."""
         end = self._length + key.shape[2]
         if (key.requires_grad or value.requires_grad) and torch.is_grad_enabled():
             raise InputError("PreallocatedCache is written in place and cannot carry gradients; use torch.no_grad()")

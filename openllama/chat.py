@@ -1,4 +1,4 @@
-"""A conversation: turns in the format the model was trained on, and a cache, so that no token is computed twice.
+"""A conversation: turns in the format the model was trained on, and a cache of what was computed.
 
 A template is a string with ``{prompt}`` and ``{answer}`` in place of the question and the answer; the text
 after ``{answer}`` ends the turn. Turns are concatenated. With the default template, that of V1 and V2, the

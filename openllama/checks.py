@@ -17,22 +17,30 @@ from openllama.config import OpenLlamaConfig
 from openllama.errors import InputError
 from openllama.model import Inputs
 
+PLAIN = (Tensor, nn.Parameter)  # the numbers of other types (fake, distributed) may be nowhere, or elsewhere
+
 
 def values_of(tensor: Tensor, reduction: Callable[[Tensor], Tensor]) -> list[Any] | None:
     """The numbers in ``reduction(tensor)``, or None where there are none to read.
 
-    That is while torch traces, on the meta device, and in ``torch.func.vmap``.
+    That is while torch traces, on the meta device, and in ``torch.func``.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or tensor.is_meta:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or tensor.is_meta or is_transformed(tensor):
         return None
-    if type(tensor) not in (Tensor, nn.Parameter):  # fake or distributed: the numbers may be nowhere, or elsewhere
+    if type(tensor) not in PLAIN or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()):
         return None
-    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None
+    return reduction(tensor).flatten().tolist()
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether ``torch.func`` (grad, vmap, jvp) works on ``tensor``: a tensor that it wraps has no memory."""
+    if torch.compiler.is_compiling() or type(tensor) not in PLAIN:
+        return False
     try:
-        return reduction(tensor).flatten().tolist()
-    except RuntimeError:  # of vmap
-        return None
+        tensor.data_ptr()
+    except RuntimeError:
+        return True
+    return False
 
 
 def checked_inputs(

@@ -1,4 +1,17 @@
-"""The exceptions this package raises. Each is also of the built-in type that callers expect."""
+"""The exceptions of this package, each also of the built-in type that callers expect; and its warnings."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+
+
+def warn(message: str) -> None:
+    """Give a ``UserWarning`` for the line outside of this package, and of torch, that led here."""
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("openllama", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 class OpenLlamaError(Exception):

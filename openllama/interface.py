@@ -6,7 +6,6 @@ comes in: what has been checked goes on as ``Inputs``, which ``forward`` takes a
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -18,7 +17,7 @@ from openllama import generation
 from openllama.cache import Cache, KeyValue
 from openllama.checks import check_classification_labels, check_labels, check_tensor, checked_inputs, values_of
 from openllama.config import OpenLlamaConfig
-from openllama.errors import InputError
+from openllama.errors import InputError, warn
 from openllama.generation import GenerateOutput, GenerationConfig
 from openllama.generation.outputs import Streamer
 from openllama.generation.state import prepare_inputs_for_generation
@@ -84,7 +83,7 @@ class OpenLlamaModel(PretrainedModel, Decoder):
         """
         tensors = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
         inputs = self.checked(*tensors, use_cache, output_attentions, output_hidden_states)
-        output = BaseModelOutput(*super().forward(inputs))
+        output = BaseModelOutput(*Decoder.forward(self, inputs))
         return output if self._wants_dict(input_ids, return_dict) else output.to_tuple()
 
     if TYPE_CHECKING:
@@ -112,7 +111,7 @@ class OpenLlamaModel(PretrainedModel, Decoder):
         """
         tensors = (attention_mask, position_ids, past_key_values, inputs_embeds)
         if isinstance(input_ids, Inputs):
-            if any(value is not None for value in (*tensors, use_cache, output_attentions, output_hidden_states)):
+            if not all(value is None for value in (*tensors, use_cache, output_attentions, output_hidden_states)):
                 raise InputError("Inputs hold all arguments of a forward pass; give nothing beside them")
             return input_ids
         config = self.config
@@ -132,7 +131,7 @@ class OpenLlamaModel(PretrainedModel, Decoder):
         if past is not None:
             raise InputError("past_key_values cannot be combined with gradient checkpointing; disable one of them")
         if use_cache:
-            warnings.warn("use_cache is switched off while gradient checkpointing trains", stacklevel=5)
+            warn("use_cache is switched off while gradient checkpointing trains")
         return False
 
 
@@ -191,7 +190,7 @@ class OpenLlamaForCausalLM(PretrainedModel, CausalLM):
         tensors = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
         inputs = self.model.checked(*tensors, use_cache, output_attentions, output_hidden_states)
         self._check_labels(inputs.tokens, labels, logits_to_keep)
-        logits, body = super().forward(inputs, logits_to_keep)
+        logits, body = CausalLM.forward(self, inputs, logits_to_keep)
         loss = None if labels is None else causal_lm_loss(logits, labels)
         output = CausalLMOutput(loss, logits, body.past_key_values, body.hidden_states, body.attentions)
         return output if self._wants_dict(input_ids, return_dict) else output.to_tuple()
@@ -339,7 +338,7 @@ class OpenLlamaForSequenceClassification(PretrainedModel):
         """
         tensors = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
         inputs = self.model.checked(*tensors, use_cache, output_attentions, output_hidden_states)
-        last = self._last_token(input_ids)
+        last = self._last_token(inputs.tokens)
         if labels is not None:
             problem_type = check_classification_labels(labels, len(inputs.tokens), self.config)
         body = self.model(inputs)
@@ -352,9 +351,9 @@ class OpenLlamaForSequenceClassification(PretrainedModel):
     if TYPE_CHECKING:
         __call__ = forward  # nn.Module has Any
 
-    def _last_token(self, input_ids: Tensor | None) -> Tensor | int:
-        """Index of the token that decides, per row (B,)."""
-        if input_ids is None or self.config.pad_token_id is None:
+    def _last_token(self, input_ids: Tensor) -> Tensor | int:
+        """Index of the token that decides, per row (B,); of vectors (B, T, C) the last."""
+        if input_ids.ndim == 3 or self.config.pad_token_id is None:
             return -1
         real = input_ids != self.config.pad_token_id
         if False in (rows := values_of(real, lambda real: real.any(-1)) or ()):

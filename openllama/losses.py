@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from openllama.checks import is_transformed
 from openllama.errors import InputError
 
 CHUNK_LOGITS = 2**22  # logits that the chunked loss holds at a time: 16 MiB in float32
@@ -23,22 +24,11 @@ def chunked_causal_lm_loss(hidden: Tensor, labels: Tensor, weight: Tensor) -> Te
 
     Under ``torch.func`` all logits are computed at once. A second derivative raises ``InputError``.
     """
-    if _is_transformed(hidden) or _is_transformed(weight):
+    if is_transformed(hidden) or is_transformed(weight):
         return causal_lm_loss(F.linear(hidden, weight), labels)
     rows = hidden[:, :-1].flatten(0, 1)  # (B * (T - 1), C)
     dtype = F.linear(rows[:0], weight[:1]).dtype  # autocast's if it is on; autocast does not affect backward
     return _LinearCrossEntropy.apply(rows.to(dtype), weight.to(dtype), _targets(labels, hidden.device))
-
-
-def _is_transformed(tensor: Tensor) -> bool:
-    """Whether ``torch.func`` (grad, vmap, jvp) has wrapped ``tensor``: a wrapper has no memory of its own."""
-    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, nn.Parameter):
-        return False
-    try:
-        tensor.data_ptr()
-    except RuntimeError:
-        return True
-    return False
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

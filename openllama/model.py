@@ -35,7 +35,7 @@ class Inputs(NamedTuple):
     mask: Tensor | None = None  # (B, S) of 0 (padding) and 1 over cached and new tokens; or 4-D, used as it is
     positions: Tensor | None = None  # (B | 1, T); None: counting on from the cache
     cache: Cache = GrowingCache(())  # keys and values of the tokens before
-    backend: str = "eager"  # that computes the attention
+    backend: str = "eager"  # the way to compute attention
     use_cache: bool = True  # these three choose what is in the output
     output_attentions: bool = False
     output_hidden_states: bool = False
@@ -45,7 +45,7 @@ class Output(NamedTuple):
     """What one forward pass of the decoder returns."""
 
     last_hidden_state: Tensor  # (B, T, C), after the final norm
-    past_key_values: Cache | None  # of all tokens so far
+    past_key_values: Cache | None  # keys and values of all tokens so far
     hidden_states: tuple[Tensor, ...] | None  # layers + 1 of (B, T, C): input of each layer, then the last
     attentions: tuple[Tensor, ...] | None  # one (B, H, T, S) per layer
 
@@ -114,7 +114,7 @@ class Attention(nn.Module):
         return self.o_proj(mixed), weights, (key, value)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim))  # (B, T, C) -> (B, T, H, D)
+        return x.view(*x.shape[:2], -1, self.head_dim)  # (B, T, C) -> (B, T, H, D)
 
 
 class MLP(nn.Module):
@@ -222,7 +222,8 @@ class CausalLM(nn.Module):
     def forward(self, inputs: Inputs, logits_to_keep: int = 0) -> tuple[Tensor, Output]:
         """Logits (B, T, V), of the last ``logits_to_keep`` positions where that is not 0, and the decoder's output."""
         output = self.model(inputs)
-        return self.project(output.last_hidden_state[:, -logits_to_keep:]), output
+        hidden = output.last_hidden_state[:, -logits_to_keep:]  # [:, -0:] is everything
+        return self.project(hidden), output
 
     def project(self, hidden: Tensor) -> Tensor:
         """Hidden states (B, T, C) -> logits (B, T, V)."""
@@ -235,7 +236,7 @@ def init_weights(model: nn.Module, config: OpenLlamaConfig) -> None:
     """Draw fresh weights: matrices N(0, initializer_range), a stable embedding Xavier-normal, its padding row zero."""
     for module in model.modules():
         if not isinstance(module, (nn.Linear, nn.Embedding)) or module.weight.is_meta:
-            continue  # on the meta device there is nothing to draw, and torch takes seconds to learn how
+            continue  # nothing to draw on the meta device, where torch would import for seconds to find that out
         if isinstance(module, nn.Embedding) and config.use_stable_embedding:
             nn.init.xavier_normal_(module.weight)
         else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +16,7 @@ from openllama.checkpoint.names import EMBEDDING, LM_HEAD, PREFIX, SCORE, Head, 
 from openllama.checkpoint.reader import aligned, open_checkpoint
 from openllama.checkpoint.writer import OURS, check_destination, finished_folder, write_weights
 from openllama.config import OpenLlamaConfig
-from openllama.errors import InputError
+from openllama.errors import InputError, warn
 from openllama.generation.config import GENERATION_CONFIG_FILE, GenerationConfig
 from openllama.model import Inputs, StableEmbedding
 from openllama.surgery import check_resizable, check_special_ids, resize_vocabulary
@@ -226,7 +225,7 @@ class PretrainedModel(nn.Module):
         if isinstance(getattr(self, "lm_head", None), nn.Module):
             state.setdefault(LM_HEAD, state[EMBEDDING])
         if weights.head == "classifier" and SCORE not in state:
-            warnings.warn(f"{SCORE} is new and random: the checkpoint has no classifier; train it", stacklevel=3)
+            warn(f"{SCORE} is new and random: the checkpoint has no classifier; train it")
             shape = (self.config.num_labels, self.config.hidden_size)
             state[SCORE] = torch.empty(shape, dtype=dtype, device=device).normal_(std=self.config.initializer_range)
         return state if self.base_model is not self else {k.removeprefix(PREFIX): t for k, t in state.items()}

@@ -51,21 +51,21 @@ def cos_sin(
 ) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every position's angles: position_ids (B, T) -> two of (B, T, 1, D/2).
 
-    Computed in ``dtype``, but at least in float32: bfloat16 cannot tell position 2047 from 2048. Linear
+    Returned in ``dtype``, but computed at least in float32: bfloat16 cannot tell position 2047 from 2048. Linear
     scaling (reddit user kaiokendev) divides the positions by its factor.
     """
-    dtype = torch.promote_types(dtype, torch.float32)
-    positions = position_ids.to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    positions = position_ids.to(wide)
     if scaling is not None and scaling["type"] == "linear":
         positions = positions / scaling["factor"]
-    turn = frequencies(head_dim, scaling, max_positions, key_length, dtype, position_ids.device)
+    turn = frequencies(head_dim, scaling, max_positions, key_length, wide, position_ids.device)
     angles = positions[:, :, None, None] * turn  # (B, T, 1, D/2)
-    return angles.cos(), angles.sin()
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each feature pair of x (B, T, H, D) by its position's angle, in the dtype of x."""
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    """Turn each feature pair of x (B, T, H, D) by its position's angle."""
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)  # under autocast x is narrower than the model
     half = x.shape[-1] // 2
     x1, x2 = x[..., :half], x[..., half:]  # not chunk, whose gradient has other strides than HF's
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)

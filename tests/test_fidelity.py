@@ -202,11 +202,11 @@ def test_row_12_the_type_of_the_labels_does_not_set_that_of_the_loss(labels: Ten
 @pytest.mark.parametrize("dtype", HALVES)
 def test_row_13_rotary_tables_are_rounded_float32_ones_at_any_length(dtype: torch.dtype) -> None:
     positions = torch.arange(2100)[None]
-    wide = cos_sin(positions, 12, None, 16, 2100, dtype)
+    rounded = cos_sin(positions, 12, None, 16, 2100, dtype)
     exact = positions[0, :, None].double() * 10000.0 ** (-torch.arange(0, 12, 2).double() / 12)
-    for table, truth in zip(wide, (exact.cos(), exact.sin()), strict=True):
-        assert table.dtype == torch.float32
-        assert float((table[0, :, 0].to(dtype).double() - truth).abs().max()) < 0.003
+    for table, truth in zip(rounded, (exact.cos(), exact.sin()), strict=True):
+        assert table.dtype == dtype
+        assert float((table[0, :, 0].double() - truth).abs().max()) < 0.003
 
 
 def test_row_14_a_long_call_does_not_change_later_ones() -> None:

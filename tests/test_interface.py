@@ -188,6 +188,25 @@ def test_arguments_beside_inputs_would_be_ignored_and_are_refused(kind: Any, nam
         tiny_model(kind)(Inputs(tiny_ids()), **{name: torch.ones(2, 7)})
 
 
+def test_a_classifier_takes_inputs_too() -> None:
+    model = tiny_model(OpenLlamaForSequenceClassification, num_labels=3, pad_token_id=0)
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 0, 0]])
+    assert torch.equal(model(Inputs(ids)).logits, model(ids).logits)
+    vectors = model.model.embedding(ids)
+    assert torch.equal(model(Inputs(vectors)).logits, model(inputs_embeds=vectors).logits)
+
+
+def test_warnings_name_the_line_that_calls_the_package() -> None:
+    model = tiny_model().train()
+    model.gradient_checkpointing_enable()
+    with pytest.warns(UserWarning, match="use_cache is switched off") as caught:
+        model(tiny_ids())
+    assert [one.filename for one in caught] == [__file__]
+    with pytest.warns(UserWarning, match="a sequence of more than 16 tokens") as caught:
+        tiny_model().generate(tiny_ids(), max_new_tokens=12)
+    assert [one.filename for one in caught] == [__file__]
+
+
 # --- classification ---
 
 

@@ -134,11 +134,13 @@ def test_dynamic_scaling_depends_on_this_call_s_length_only() -> None:
 def test_low_precision_comes_after_the_angles(dtype: torch.dtype) -> None:
     ids = torch.tensor([[2047, 2048]])  # in bfloat16 these are one number
     cos, sin = cos_sin(ids, 16, None, 4096, 2, dtype)
-    assert cos.dtype == sin.dtype == torch.float32
-    assert not torch.equal(cos[:, 0].to(dtype), cos[:, 1].to(dtype))
+    wide_cos, wide_sin = cos_sin(ids, 16, None, 4096, 2, torch.float32)
+    assert cos.dtype == sin.dtype == dtype
+    assert torch.equal(cos, wide_cos.to(dtype))
+    assert torch.equal(sin, wide_sin.to(dtype))
+    assert not torch.equal(cos[:, 0], cos[:, 1])
     x = torch.randn(1, 2, 3, 16).to(dtype)
-    assert torch.equal(rotate(x, cos, sin), rotate(x, cos.to(dtype), sin.to(dtype)))
-    assert rotate(x, cos, sin).dtype == dtype
+    assert torch.equal(rotate(x, wide_cos, wide_sin), rotate(x, cos, sin)), "as under autocast"
 
 
 def test_float64_is_float64_throughout() -> None:

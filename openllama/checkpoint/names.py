@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from openllama.config import OpenLlamaConfig
-from openllama.errors import ConfigError, KeyMismatchError
+from openllama.errors import ConfigError, KeyMismatchError, warn
 from openllama.model import CausalLM
 from openllama.rope import frequencies
 
@@ -261,21 +260,17 @@ def _check_inv_freq(inv_freq: Mapping[str, Tensor]) -> None:
         implied = _implied_inv_freq(2 * table.numel())
         dtypes = (torch.float32, torch.bfloat16, torch.float16)
         if not any(torch.allclose(table.float(), implied.to(dtype).float(), rtol=1e-5, atol=1e-9) for dtype in dtypes):
-            warnings.warn(
+            warn(
                 f"{name} is not what the configuration implies, and is ignored; in HF, dynamic NTK scaling changes it "
-                "after a long sequence",
-                stacklevel=2,
+                "after a long sequence"
             )
 
 
 def _warn_unused(unused: Mapping[str, Tensor], embedding: Tensor, config: OpenLlamaConfig, head: Head) -> None:
     for name, tensor in unused.items():
         if name == SCORE or head != "causal-lm":
-            warnings.warn(f"{name} is not used: this model has no such head", stacklevel=2)
+            warn(f"{name} is not used: this model has no such head")
         elif config.shared_input_output_embedding:
-            warnings.warn(f"{name} is not used: shared_input_output_embedding uses the embedding as head", stacklevel=2)
+            warn(f"{name} is not used: shared_input_output_embedding uses the embedding as head")
         elif tensor.dtype != embedding.dtype or not torch.equal(tensor, embedding):
-            warnings.warn(
-                f"{name} differs from {EMBEDDING} but tie_word_embeddings is set: the embedding is used for both",
-                stacklevel=2,
-            )
+            warn(f"{name} differs from {EMBEDDING} but tie_word_embeddings is set: the embedding is used for both")

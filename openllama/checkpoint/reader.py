@@ -16,7 +16,6 @@ import pickle
 import re
 import struct
 import sys
-import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,6 +34,7 @@ from openllama.errors import (
     CorruptCheckpointError,
     KeyMismatchError,
     UnsafePickleError,
+    warn,
 )
 
 Format = Literal["safetensors", "pickle"]
@@ -241,7 +241,7 @@ def _load_zip(path: Path, size: int) -> Any:
 
 def _load_legacy(path: Path) -> Any:
     """Load torch's format from before version 1.6, which cannot be memory-mapped."""
-    warnings.warn(f"{path} is in torch's format from before 1.6 and is read into memory completely", stacklevel=2)
+    warn(f"{path} is in torch's format from before 1.6 and is read into memory completely")
     with _translated_errors(path):
         return torch.load(path, map_location="cpu", weights_only=True)
 

@@ -1,10 +1,10 @@
-"""From logits to tokens. Reading order, which is also the order of imports:
+"""From logits to tokens. Read ``loop`` first: it goes from the call to the token. All modules:
 
 config                            the settings, each with its rule
 processors, sampling, stopping    the small functions that the settings stand for
 outputs, state                    what is handed back; what is asked for, and the sequences being made
 checks                            a call of ``generate``, checked once
-loop                              greedy search and sampling, from the call to the token: the file to read first
+loop                              ``generate``, ``stream``, greedy search and sampling
 beam, contrastive, assisted       the rarer strategies, each on its own
 arguments                         the names and types of all arguments, for type checkers
 scoring                           log-probabilities of given sequences

@@ -106,7 +106,7 @@ class Assistant:
         mask = request.attention_mask
         if mask is not None:
             mask = mask[:, -request.input_ids.shape[1] :]
-        self.request = replace(request, config=config, attention_mask=mask, extra=0, past=None)
+        self.request = replace(request, config=config, attention_mask=mask, offset=0, past=None)
         self.ends = request.config.eos_token_ids
         self.sequences, self.count = Sequences(model, self.request), 5
 

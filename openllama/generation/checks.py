@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from openllama.cache import Cache, KeyValue
 from openllama.checks import as_cache, check_attention_mask, check_input_ids, check_inputs_embeds, check_tensor
 from openllama.config import OpenLlamaConfig
-from openllama.errors import InputError
+from openllama.errors import InputError, warn
 from openllama.generation.config import GenerationConfig, as_list
 from openllama.generation.processors import LogitsProcessor, all_processors
 from openllama.generation.sampling import filters_for
@@ -59,7 +58,7 @@ def prepare(
         input_ids=input_ids,
         attention_mask=mask,
         config=config,
-        extra=width - input_ids.shape[1],
+        offset=width - input_ids.shape[1],
         inputs_embeds=inputs_embeds,
         past=past,
         processors=all_processors(config, input_ids.shape[1], logits_processor or ()),
@@ -147,10 +146,9 @@ def _settle_length(config: GenerationConfig, length: int) -> GenerationConfig:
     if (config.min_length or 0) > most:
         raise InputError(f"min_length {config.min_length} is above the {most} tokens of max_length; lower it")
     if (config.min_new_tokens or 0) > most - length:
-        warnings.warn(
+        warn(
             f"min_new_tokens {config.min_new_tokens} is above the {most - length} there is room for: no sequence will "
-            f"end before max_length {most}",
-            stacklevel=5,
+            f"end before max_length {most}"
         )
     return config
 

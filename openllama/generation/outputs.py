@@ -36,7 +36,7 @@ class GenerateOutput(ModelOutput):
     sequences_scores: Tensor | None = None  # (B,), what the sequences of beam search were ranked by
     scores: tuple[Tensor, ...] | None = None  # (B, V) each, after processors and sampling filters
     logits: tuple[Tensor, ...] | None = None  # (B, V) each, as the model makes them
-    beam_indices: Tensor | None = None  # (B, L + new): row of ``scores`` behind each new token, then -1
+    beam_indices: Tensor | None = None  # (B, L + new): row of ``scores`` that each new token came from, then -1
     attentions: tuple[tuple[Tensor, ...], ...] | None = None  # per token and layer (B, H, T, S)
     hidden_states: tuple[tuple[Tensor, ...], ...] | None = None  # per token and layer (B, T, C)
     past_key_values: Cache | None = None  # to go on from; holds all tokens but the last; not of beams

@@ -6,7 +6,6 @@ as ``checks.py`` has settled the request, and no value is read but "have all end
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from openllama.cache import Cache, GrowingCache, PreallocatedCache
 from openllama.config import OpenLlamaConfig
+from openllama.errors import warn
 from openllama.generation.config import GenerationConfig
 from openllama.generation.processors import LogitsProcessor
 from openllama.generation.stopping import StoppingCriterion, stopped
@@ -60,7 +60,7 @@ class Request:
     input_ids: Tensor  # (B, L), begins the output
     attention_mask: Tensor | None  # (B, S), over cached tokens and prompt; None where nothing is padding
     config: GenerationConfig  # its max_length is settled
-    extra: int = 0  # S - L: tokens of the cache, or of inputs_embeds, that are not among the ids
+    offset: int = 0  # S - L: tokens of the cache, or of inputs_embeds, that are not among the ids
     inputs_embeds: Tensor | None = None  # (B, E, C), computed in place of the prompt's ids
     past: Cache | None = None
     processors: Sequence[LogitsProcessor] = ()
@@ -95,7 +95,7 @@ class Sequences:
         self.model, self.config = model, config
         self.backend = "eager" if config.output_attentions else model.attn_implementation
         self._ids = F.pad(prompt, (0, config.max_length - self.length))
-        self._extra, self._mask, self._positions = request.extra, request.attention_mask, None
+        self._offset, self._mask, self._positions = request.offset, request.attention_mask, None
         if self._mask is not None:
             self._mask = F.pad(self._mask, (0, config.max_length - self.length), value=1)
             self._positions = positions_from_mask(self._mask)
@@ -103,7 +103,7 @@ class Sequences:
         self._own_inputs = has_own_inputs(model)
         self.cache: Cache = GrowingCache(()) if request.past is None else request.past
         if config.use_cache:
-            self.cache = self._make_cache(batch, self._extra + config.max_length)
+            self.cache = self._make_cache(batch, self._offset + config.max_length)
         self._stopping = request.stopping
         self._eos = prompt.new_tensor(config.eos_token_ids)
         self._can_end = bool(config.eos_token_ids or request.stopping)  # before the length is reached
@@ -116,7 +116,10 @@ class Sequences:
         return self._ids[:, : self.length]
 
     def forward(self, keep: int = 1, hidden_states: bool = False) -> tuple[Tensor, CausalLMOutput]:
-        """Compute the tokens that the cache does not hold: logits of the last ``keep``, at least float32, and all."""
+        """Compute the tokens that are not cached.
+
+        Returns the logits of the last ``keep`` positions, in at least float32, and the model's whole output.
+        """
         self._warn_beyond_training()
         hidden_states = hidden_states or self.config.output_hidden_states
         # Products round by shape: eager gives those of transformers, which projects every position.
@@ -139,7 +142,9 @@ class Sequences:
 
     def pad_ended(self, tokens: Tensor) -> Tensor:
         """The next tokens (B,), with padding in place of those of sequences that have ended."""
-        return tokens.where(self._running, self.config.padding_id) if self._can_end else tokens
+        if not self._can_end or len(tokens) == 1:  # a single sequence is not continued after its end
+            return tokens
+        return tokens.where(self._running, self.config.padding_id)
 
     def have_ended(self, scores: Tensor) -> bool:
         """Whether all have ended, now that tokens picked by ``scores`` were appended.
@@ -153,7 +158,7 @@ class Sequences:
 
     def ended(self, ids: Tensor, scores: Tensor) -> Tensor:
         """Which of ids (B, L) end with their last token, picked by ``scores``; (B,)."""
-        by_eos = torch.isin(ids[:, -1], self._eos)
+        by_eos = (ids[:, -1:] == self._eos).any(dim=1)
         return by_eos | stopped(self._stopping, ids, scores) if self._stopping else by_eos
 
     def replace_last(self, tokens: Tensor) -> None:
@@ -170,7 +175,7 @@ class Sequences:
     def crop(self, length: int) -> None:
         """Forget all but the first ``length`` tokens; the cache, too."""
         self.length = length
-        self.cache = self.cache.crop(self._extra + length)
+        self.cache = self.cache.crop(self._offset + length)
 
     def _make_cache(self, batch: int, room: int) -> Cache:
         """The cache to begin with: the caller's own where it has room; else growing, as transformers', for eager.
@@ -189,9 +194,9 @@ class Sequences:
 
     def _inputs(self, hidden_states: bool) -> Inputs:
         """What the cache does not hold; positions skip padding."""
-        start, end = self.cache.get_seq_length(), self._extra + self.length
+        start, end = self.cache.get_seq_length(), self._offset + self.length
         return Inputs(
-            tokens=self._ids[:, start - self._extra : self.length] if self._embeds is None else self._embeds,
+            tokens=self._ids[:, start - self._offset : self.length] if self._embeds is None else self._embeds,
             mask=None if self._mask is None else self._mask[:, :end],
             positions=None if self._positions is None else self._positions[:, start:end],
             cache=self.cache,
@@ -205,11 +210,11 @@ class Sequences:
         """The same from a ``prepare_inputs_for_generation`` that is not this package's."""
         mask = self._mask
         if mask is None:
-            mask = self._ids.new_ones(len(self._ids), self._extra + self.config.max_length)
+            mask = self._ids.new_ones(len(self._ids), self._offset + self.config.max_length)
         inputs = self.model.prepare_inputs_for_generation(
             self.ids,
             past_key_values=self.cache or None,
-            attention_mask=mask[:, : self._extra + self.length],
+            attention_mask=mask[:, : self._offset + self.length],
             inputs_embeds=self._embeds,
             use_cache=self.config.use_cache,
         )
@@ -221,12 +226,9 @@ class Sequences:
 
     def _warn_beyond_training(self) -> None:
         limit = self.model.config.max_position_embeddings
-        if self._extra + self.length > limit and not self._warned:
+        if self._offset + self.length > limit and not self._warned:
             self._warned = True
-            warnings.warn(
-                f"a sequence of more than {limit} tokens (max_position_embeddings): the model was not trained for it",
-                stacklevel=2,
-            )
+            warn(f"a sequence of more than {limit} tokens (max_position_embeddings): the model was not trained for it")
 
 
 def prepare_inputs_for_generation(
