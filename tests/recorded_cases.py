@@ -26,7 +26,7 @@ BASE = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "max_position_embeddings": 12,
-    "initializer_range": 0.4,
+    "initializer_range": 0.2,  # with larger weights, processors differ by more than assert_close allows
     "eos_token_id": None,
 }
 CASES: dict[str, dict[str, Any]] = {
@@ -64,7 +64,8 @@ def outputs_of(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         ids = inputs["input_ids"][:1, :6]
         torch.manual_seed(0)
         values["sampled"] = model.generate(ids, do_sample=True, top_p=0.9, max_new_tokens=5)
-        values["greedy"] = model.generate(ids, max_new_tokens=5)
+        # without a repetition: such small weights would only repeat the last token
+        values["greedy"] = model.generate(ids, max_new_tokens=5, no_repeat_ngram_size=1)
     out = model(**inputs, output_hidden_states=True, output_attentions=True)
     out.loss.backward()
     values |= {"loss": out.loss, "logits": out.logits}
