@@ -7,7 +7,7 @@ NATIVE := checkpoints/open-llama-tiny-native
 QUICK := $(addprefix tests/test_,$(addsuffix .py,attention cache config fidelity generation losses masks names \
 	golden reader rope)) tests/parity/test_model_parity.py::test_every_value_and_gradient_is_hf_s
 
-.PHONY: help demo quick test lint check parity package record clean
+.PHONY: help demo quick test lint check parity processors package record clean
 
 help:
 	@echo "make demo        convert the shipped checkpoint and continue an English and a Chinese prompt"
@@ -16,6 +16,7 @@ help:
 	@echo "make lint        lint and types"
 	@echo "make check       lint, types and the test suite: before a pull request"
 	@echo "make parity      the long comparison with transformers 4.31.0, with thousands of models"
+	@echo "make processors  the comparison as older processors would compute it, with one and two threads"
 	@echo "make package     build the wheel, install it in an empty environment and use it there"
 	@echo "make record      write tests/golden.safetensors again, confirmed by transformers 4.31.0"
 	@echo "make clean       remove .venv and what make demo wrote"
@@ -40,6 +41,10 @@ check: lint test
 
 parity: .venv/.installed-test
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests/parity
+
+# ARGS="--processor avx2 --threads 1" runs a part of it.
+processors: .venv/.installed-test
+	$(BIN)/python -m tests.parity.cpus $(ARGS)
 
 package:
 	$(PYTHON) .ci/package.py

@@ -14,7 +14,8 @@ settings.register_profile("ci", derandomize=True, deadline=None, suppress_health
 settings.register_profile("long", deadline=None, suppress_health_check=quiet, print_blob=True, database=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
-torch.set_num_threads(1)  # the models are tiny; a second thread costs more than it gives
+# The models are tiny: a second thread costs more than it gives.
+torch.set_num_threads(int(os.environ.get("OPENLLAMA_TEST_THREADS", "1")))
 
 
 @pytest.fixture(autouse=True)
@@ -29,3 +30,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_sep("-", "compared with transformers 4.31.0")
     for bar, count in sorted(oracle.compared.items()):
         terminalreporter.write_line(f"{count:7d} {bar}")
+    kernels, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    terminalreporter.write_line(f"computed by {kernels} kernels of torch, threads: {threads}")

@@ -117,7 +117,7 @@ def aligned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     On some processors the rounding of a matrix product depends on the alignment of the weights. If all
     copies together would take more than ``MAX_ALIGNED_COPIES`` bytes, nothing is copied.
     """
-    misaligned = {name: tensor for name, tensor in tensors.items() if tensor.data_ptr() % ALIGNMENT}
+    misaligned = {name: tensor for name, tensor in tensors.items() if tensor.is_cpu and tensor.data_ptr() % ALIGNMENT}
     if sum(tensor.nbytes for tensor in misaligned.values()) > MAX_ALIGNED_COPIES:
         return dict(tensors)
     return {**tensors, **{name: tensor.clone() for name, tensor in misaligned.items()}}
