@@ -216,6 +216,8 @@ def as_cache(
     """
     if past is None:
         return GrowingCache(())  # torch.compile cannot build it without an argument
+    if not isinstance(past, (GrowingCache, PreallocatedCache, tuple, list)):
+        raise InputError(f"past_key_values must be a cache or a tuple of (key, value) pairs, got {type(past).__name__}")
     cache = past if isinstance(past, (GrowingCache, PreallocatedCache)) else GrowingCache(past)
     if len(cache) not in (0, config.num_hidden_layers):
         raise InputError(f"past_key_values has {len(cache)} layers, the model {config.num_hidden_layers}")

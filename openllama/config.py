@@ -63,7 +63,7 @@ def number(interval: str = "(-inf, inf)", hint: str = "") -> Rule:
     def rule(value: Any) -> Any:
         is_number = isinstance(value, Real) and not isinstance(value, bool)
         if is_number and (low < value < high or value in ends):
-            return value.item() if hasattr(value, "item") else value
+            return value if type(value) in (int, float) else float(value)
         raise ValueError(f"a number in {interval}{hint}")
 
     return rule
@@ -105,19 +105,24 @@ class Settings:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
+            value, rule = getattr(self, f.name), f.metadata.get("rule")
             try:
-                self.__dict__[f.name] = f.metadata["rule"](value)
+                self.__dict__[f.name] = value if rule is None else rule(value)
             except ValueError as error:
                 raise self.refusal(f"{f.name} must be {error}, got {value!r}") from error
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.__dict__ or name not in self.field_names():
+        if name not in self.field_names():
+            raise dataclasses.FrozenInstanceError(f"{type(self).__name__} has no field {name}, and none can be added")
+        if name in self.__dict__:
             raise dataclasses.FrozenInstanceError(
                 f"a config does not change; set {self.held_by} = "
                 f"dataclasses.replace({self.held_by}, {name}={value!r}), or pass {name} to {self.taken_by}"
             )
         super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        raise dataclasses.FrozenInstanceError(f"a config does not change; {name} cannot be deleted")
 
     @classmethod
     def field_names(cls) -> list[str]:

@@ -62,7 +62,10 @@ class OpenLlamaModel(PretrainedModel, Decoder):
     @overload
     def forward(self, *arguments: Any, return_dict: Literal[False], **named: Any) -> tuple[Any, ...]: ...
 
-    def forward(  # type: ignore[misc]  # the second overload is loose
+    @overload
+    def forward(self, *arguments: Any, return_dict: bool, **named: Any) -> BaseModelOutput | tuple[Any, ...]: ...
+
+    def forward(  # type: ignore[misc]  # the last two overloads are loose
         self,
         input_ids: Tensor | Inputs | None = None,
         attention_mask: Tensor | None = None,
@@ -168,7 +171,10 @@ class OpenLlamaForCausalLM(PretrainedModel, CausalLM):
     @overload
     def forward(self, *arguments: Any, return_dict: Literal[False], **named: Any) -> tuple[Any, ...]: ...
 
-    def forward(  # type: ignore[misc]  # the second overload is loose
+    @overload
+    def forward(self, *arguments: Any, return_dict: bool, **named: Any) -> CausalLMOutput | tuple[Any, ...]: ...
+
+    def forward(  # type: ignore[misc]  # the last two overloads are loose
         self,
         input_ids: Tensor | Inputs | None = None,
         attention_mask: Tensor | None = None,
@@ -317,7 +323,12 @@ class OpenLlamaForSequenceClassification(PretrainedModel):
     @overload
     def forward(self, *arguments: Any, return_dict: Literal[False], **named: Any) -> tuple[Any, ...]: ...
 
-    def forward(  # type: ignore[misc]  # the second overload is loose
+    @overload
+    def forward(
+        self, *arguments: Any, return_dict: bool, **named: Any
+    ) -> SequenceClassifierOutput | tuple[Any, ...]: ...
+
+    def forward(  # type: ignore[misc]  # the last two overloads are loose
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,

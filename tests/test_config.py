@@ -184,7 +184,24 @@ def test_an_impossible_field_is_refused_by_name_and_value(fields: dict[str, Any]
     assert [part for part in said if part not in str(caught.value)] == []
 
 
-@pytest.mark.parametrize("name", ["hidden_size", "rope_scaling", "no_such_field"])
+def test_a_name_that_is_no_field_cannot_be_assigned_and_no_field_deleted() -> None:
+    config = tiny_config()
+    with pytest.raises(dataclasses.FrozenInstanceError, match="has no field hiden_size"):
+        config.hiden_size = 64
+    with pytest.raises(dataclasses.FrozenInstanceError, match="hidden_size cannot be deleted"):
+        del config.hidden_size
+    assert config == tiny_config()
+
+
+def test_a_subclass_may_have_a_field_without_a_rule() -> None:
+    @dataclasses.dataclass(kw_only=True)
+    class Wider(OpenLlamaConfig):
+        note: str = "none"
+
+    assert Wider(note="mine").note == "mine"
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "rope_scaling"])
 def test_assigning_says_how_to_do_it_right(name: str) -> None:
     config = tiny_config()
     with pytest.raises(dataclasses.FrozenInstanceError) as caught:

@@ -395,3 +395,78 @@ def test_a_past_as_long_as_the_prompt_is_refused(model, prompt):
 def test_no_prompt_and_no_bos_is_refused(model):
     with pytest.raises(InputError, match="bos_token_id"):
         model.generate(bos_token_id=None, max_new_tokens=2)
+
+
+# --- models that others have changed ------------------------------------------------------------------
+
+
+class Blind(OpenLlamaForCausalLM):
+    """Its forward pass hides the first token, whatever the mask says."""
+
+    def forward(self, *arguments, attention_mask=None, **named):
+        mask = (
+            torch.ones(1, named["past_key_values"].get_seq_length() + named["input_ids"].shape[1])
+            if named.get("past_key_values")
+            else torch.ones_like(named["input_ids"])
+        )
+        mask[:, 0] = 0
+        return super().forward(*arguments, attention_mask=mask, **named)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_a_subclass_with_a_forward_of_its_own_gets_the_arguments_by_name(model, backend):
+    torch.manual_seed(1)
+    blind = Blind(CONFIG, attn_implementation=backend).eval()
+    blind.load_state_dict(model.state_dict())
+    prompt = torch.tensor([[5, 9, 13, 2]])
+    masked = torch.tensor([[0, 1, 1, 1]])
+    positions = {"use_cache": False}  # positions of generate skip padding: compare without them, one token on
+    logits = model(prompt, attention_mask=masked, position_ids=torch.arange(4)[None], **positions).logits[0, -1]
+    assert int(blind.generate(prompt, max_new_tokens=1)[0, -1]) == int(logits.argmax())
+    assert blind.generate(prompt, max_new_tokens=4).shape == (1, 8)
+
+
+def test_a_hook_on_the_model_gets_the_arguments_by_name_and_may_change_them(model, prompt):
+    expected = model.generate(torch.full_like(prompt, 7), max_new_tokens=1)[:, -1]
+    seen: list[set[str]] = []
+
+    def replace(module, arguments, named):
+        seen.append(set(named))
+        return arguments, {**named, "input_ids": torch.full_like(named["input_ids"], 7)}
+
+    handle = model.register_forward_pre_hook(replace, with_kwargs=True)
+    found = model.generate(prompt, max_new_tokens=1)[:, -1]
+    handle.remove()
+    assert torch.equal(found, expected)
+    assert {"input_ids", "past_key_values", "attention_mask"} <= seen[0]
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_a_past_that_was_computed_with_gradients_is_continued(backend, prompt):
+    model = make_model()
+    model.set_attn_implementation(backend)
+    past = model(prompt[:, :2]).past_key_values
+    assert past[0][0].requires_grad
+    assert torch.equal(
+        model.generate(prompt, past_key_values=past, max_new_tokens=4), model.generate(prompt, max_new_tokens=4)
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"attention_mask": torch.tensor(1)}, r"padding mask \(2, 4\), got \(\)"),
+        ({"past_key_values": 3}, "past_key_values must be a cache .* got int"),
+        ({"inputs_embeds": torch.zeros(3, 2, 32)}, "inputs_embeds has 3 rows, input_ids 2"),
+        ({"stopping_criteria": [lambda ids, scores: None]}, "a stopping criterion returns .* got None"),
+    ],
+)
+def test_what_torch_would_refuse_in_its_own_words_is_refused_in_ours(model, prompt, arguments, message):
+    with pytest.raises(InputError, match=message):
+        model.generate(prompt, **{"max_new_tokens": 2, **arguments})
+
+
+def test_an_empty_list_of_forced_ids_forces_none(model, prompt):
+    assert torch.equal(
+        model.generate(prompt, max_new_tokens=3, forced_eos_token_id=[]), model.generate(prompt, max_new_tokens=3)
+    )

@@ -65,7 +65,7 @@ def test_none_switches_off_what_may_be_off():
         ("penalty_alpha", (-0.1, 1.1)),
         ("diversity_penalty", (-1,)),
         ("length_penalty", (float("nan"), None)),
-        ("max_time", (0, -3, float("inf"))),
+        ("max_time", (0, -3, float("nan"))),
         ("min_length", (-1, 0.5)),
         ("min_new_tokens", (-1,)),
         ("no_repeat_ngram_size", (-1,)),

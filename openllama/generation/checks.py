@@ -99,6 +99,10 @@ def _prompt_ids(
         batch = 1 if inputs_embeds is None else inputs_embeds.shape[0]
         input_ids = torch.full((batch, 1), config.bos_token_id)
     check_input_ids(input_ids, model.config.vocab_size)
+    if inputs_embeds is not None and len(inputs_embeds) != len(input_ids):
+        raise InputError(
+            f"inputs_embeds has {len(inputs_embeds)} rows, input_ids {len(input_ids)}; give the same number"
+        )
     return input_ids.to(model.device, torch.long)
 
 
@@ -116,7 +120,9 @@ def _prompt_mask(
     elif mask is None:
         mask = _infer_mask(input_ids, config)
     check_tensor("attention_mask", mask)
-    width = mask.shape[-1]
+    if mask.ndim != 2:
+        raise InputError(f"generate takes a padding mask ({batch}, {cached + length}), got {tuple(mask.shape)}")
+    width = mask.shape[1]
     if width <= cached:
         raise InputError(
             f"past_key_values holds {cached} tokens, the prompt covers {width}: give the cached and the new tokens "
@@ -124,8 +130,6 @@ def _prompt_mask(
         )
     full = cached + length if width == cached + length else length
     nothing_is_padding = check_attention_mask(mask, batch, full - cached, full)
-    if mask.ndim != 2:
-        raise InputError(f"generate takes a padding mask ({batch}, {full}), got {tuple(mask.shape)}")
     return None if nothing_is_padding else mask.to(input_ids.device), full
 
 

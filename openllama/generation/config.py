@@ -86,7 +86,8 @@ class GenerationConfig(Settings):
     max_new_tokens: int | None = setting(None, optional(integer(1)))  # tokens of the continuation; replaces max_length
     min_length: int | None = setting(0, optional(integer(0)))  # eos is not generated before; counts the prompt
     min_new_tokens: int | None = setting(None, optional(integer(0)))  # the same, not counting the prompt
-    max_time: float | None = setting(None, optional(number("(0, inf)")))  # seconds; no further token is started after
+    # seconds, after which no further token is started
+    max_time: float | None = setting(None, optional(number("(0, inf]", off("None"))))
 
     # -- strategy --
     do_sample: bool = setting(False, boolean)  # draw from the distribution; else take the likeliest token

@@ -156,7 +156,7 @@ def processors_for(config: GenerationConfig, prompt_length: int) -> list[LogitsP
         processors.append(suppress(eos, end=prompt_length + config.min_new_tokens))
     if config.forced_bos_token_id is not None:
         processors.append(force([config.forced_bos_token_id], length=1))
-    if config.forced_eos_token_id is not None:
+    if as_list(config.forced_eos_token_id):
         processors.append(force(as_list(config.forced_eos_token_id), length=config.max_length - 1))
     if config.remove_invalid_values:
         processors.append(remove_invalid)

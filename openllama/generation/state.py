@@ -6,6 +6,7 @@ as ``checks.py`` has settled the request, and no value is read but "have all end
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -41,6 +42,9 @@ class LanguageModel(Protocol):
 
     @property
     def attn_implementation(self) -> str: ...
+
+    @property
+    def forward(self) -> Callable[..., Any]: ...
 
     @property
     def __call__(self) -> Callable[..., Any]: ...
@@ -100,7 +104,7 @@ class Sequences:
             self._mask = F.pad(self._mask, (0, config.max_length - self.length), value=1)
             self._positions = positions_from_mask(self._mask)
         self._embeds = request.inputs_embeds
-        self._own_inputs = has_own_inputs(model)
+        self._own_inputs, self._takes_inputs = has_own_inputs(model), takes_inputs(model)
         self.cache: Cache = GrowingCache(()) if request.past is None else request.past
         if config.use_cache:
             self.cache = self._make_cache(batch, self._offset + config.max_length)
@@ -124,10 +128,10 @@ class Sequences:
         hidden_states = hidden_states or self.config.output_hidden_states
         # Products round by shape: eager gives those of transformers, which projects every position.
         computed = 0 if self.backend == "eager" else keep
-        if self._own_inputs:
+        if self._takes_inputs:
             output = self.model(self._inputs(hidden_states), logits_to_keep=computed, return_dict=True)
         else:
-            output = self.model(**self._replaced_inputs(hidden_states), logits_to_keep=computed, return_dict=True)
+            output = self.model(**self._named_inputs(hidden_states), logits_to_keep=computed, return_dict=True)
         self._embeds = None  # from here on the cache holds them
         if self.config.use_cache:
             self.cache = output.past_key_values
@@ -177,6 +181,7 @@ class Sequences:
         self.length = length
         self.cache = self.cache.crop(self._offset + length)
 
+    @torch.no_grad()
     def _make_cache(self, batch: int, room: int) -> Cache:
         """The cache to begin with: the caller's own where it has room; else growing, as transformers', for eager.
 
@@ -206,8 +211,8 @@ class Sequences:
             output_hidden_states=hidden_states,
         )
 
-    def _replaced_inputs(self, hidden_states: bool) -> dict[str, Any]:
-        """The same from a ``prepare_inputs_for_generation`` that is not this package's."""
+    def _named_inputs(self, hidden_states: bool) -> dict[str, Any]:
+        """The same by the names of ``forward``, as the model's ``prepare_inputs_for_generation`` makes them."""
         mask = self._mask
         if mask is None:
             mask = self._ids.new_ones(len(self._ids), self._offset + self.config.max_length)
@@ -260,3 +265,11 @@ def prepare_inputs_for_generation(
 def has_own_inputs(model: LanguageModel) -> bool:
     """Whether nobody has replaced the model's ``prepare_inputs_for_generation``, in a subclass or on the instance."""
     return getattr(model.prepare_inputs_for_generation, "__func__", None) is prepare_inputs_for_generation
+
+
+def takes_inputs(model: LanguageModel) -> bool:
+    """Whether ``Inputs`` reach the model as they are: where a subclass, a wrapper or a hook may want its arguments by
+    name, it gets them."""
+    forward = model.forward
+    is_own = inspect.ismethod(forward) and forward.__func__.__module__ == "openllama.interface"
+    return has_own_inputs(model) and is_own and not getattr(model, "_forward_pre_hooks", None)

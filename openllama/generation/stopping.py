@@ -12,6 +12,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from openllama.errors import InputError
+
 StoppingCriterion: TypeAlias = Callable[[Tensor, Tensor], "bool | Tensor"]
 
 
@@ -26,5 +28,7 @@ def stopped(criteria: Iterable[StoppingCriterion], input_ids: Tensor, scores: Te
     result = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     for criterion in criteria:
         answer = criterion(input_ids, scores)
+        if answer is None or isinstance(answer, str):
+            raise InputError(f"a stopping criterion returns a bool or a bool tensor (batch,), got {answer!r}")
         result |= answer.to(result.device, torch.bool) if isinstance(answer, Tensor) else bool(answer)
     return result
