@@ -6,7 +6,7 @@ device. On a GPU each check of values waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -216,7 +216,7 @@ def as_cache(
     """
     if past is None:
         return GrowingCache(())  # torch.compile cannot build it without an argument
-    if not isinstance(past, (GrowingCache, PreallocatedCache, tuple, list)):
+    if not isinstance(past, (PreallocatedCache, Iterable)):
         raise InputError(f"past_key_values must be a cache or a tuple of (key, value) pairs, got {type(past).__name__}")
     cache = past if isinstance(past, (GrowingCache, PreallocatedCache)) else GrowingCache(past)
     if len(cache) not in (0, config.num_hidden_layers):
