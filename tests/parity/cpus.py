@@ -8,7 +8,7 @@ torch 2.13.0 on 2026-11-24:
     ONEDNN_MAX_CPU_ISA       oneDNN: GELU, and matrix products in bfloat16
     MKL_CBWR                 MKL: matrix products in float32; COMPATIBLE gives one set of kernels, all other values
                              a second, none a third, the only one that rounds by the alignment of its operands
-    MKL_ENABLE_INSTRUCTIONS  nothing there; on Intel processors the same as MKL_CBWR
+    MKL_ENABLE_INSTRUCTIONS  nothing there; it is for Intel processors
 
 and a second thread changes products in float32, which MKL divides in another way.
 """
@@ -65,10 +65,11 @@ def run(processor: str, threads: int) -> Result:
     counts = {kind: int(count) for count, kind in re.findall(r"(\d+) (\w+)", done.stdout.splitlines()[-1])}
     models = sum(map(int, re.findall(r"^ *(\d+) models, ", done.stdout, re.M)))
     used = re.search(r"^computed by (\w+) kernels of torch, threads: (\d+)$", done.stdout, re.M)
-    kernels = used[1] if used else "?"
-    wanted = PROCESSORS[processor].get("ATEN_CPU_CAPABILITY", kernels).upper()
-    if (kernels, used and int(used[2])) != (wanted, threads):
-        raise SystemExit(f"{processor} with {threads} threads cannot be imitated here: torch used {used and used[0]}")
+    kernels, count = used.groups() if used else ("no", "0")
+    if (kernels, count) != (PROCESSORS[processor].get("ATEN_CPU_CAPABILITY", kernels).upper(), str(threads)):
+        raise SystemExit(
+            f"{processor} with {threads} threads cannot be imitated: torch used {kernels} kernels, threads: {count}"
+        )
     failed = counts.get("failed", 0) + counts.get("error", 0) + counts.get("errors", 0)
     return Result(processor, kernels, threads, counts.get("passed", 0), failed, models, seconds)
 
