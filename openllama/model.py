@@ -75,14 +75,13 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.weight * F.rms_norm(wide, self.weight.shape, eps=self.eps).to(x.dtype)
+        return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)  # rounded to x's type before the product
 
 
 class Context(NamedTuple):
     """What the layers of one forward pass share."""
 
-    rope: tuple[Tensor, Tensor]  # cosine and sine, (B | 1, T, 1, D/2)
+    rope: tuple[Tensor, Tensor]  # cosine and signed sine, (B | 1, T, 1, D)
     mask: Mask
     cache: Cache  # of the tokens before, read by layer number
     backend: str
@@ -104,17 +103,17 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, layer: int, context: Context) -> tuple[Tensor, Tensor | None, KeyValue]:
         """x (B, T, C) -> output (B, T, C), weights (B, H, T, S) from eager only, all keys and values."""
         # Rotated before transposing: products round by memory layout, and HF's is (B, T, H, D) here.
-        query = rotate(self._heads(self.q_proj(x)), *context.rope).transpose(1, 2)  # (B, H, T, D)
-        key = rotate(self._heads(self.k_proj(x)), *context.rope).transpose(1, 2)
-        value = self._heads(self.v_proj(x)).transpose(1, 2)
+        heads = (*x.shape[:2], -1, self.head_dim)  # (B, T, C) -> (B, T, H, D)
+        query, key, value = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)
+        cos, sin = context.rope
+        cos, sin = cos.to(query.dtype), sin.to(query.dtype)  # under autocast the query is narrower than x
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, H, T, D)
         key, value = context.cache.append(layer, key, value)  # (B, H, S, D)
         dropout = self.dropout if self.training else 0.0
         mixed, weights = attention(query, key, value, context.mask, dropout, context.backend)
         mixed = mixed.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
         return self.o_proj(mixed), weights, (key, value)
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:2], -1, self.head_dim)  # (B, T, C) -> (B, T, H, D)
 
 
 class MLP(nn.Module):
@@ -126,10 +125,11 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.act = ACTIVATIONS[config.hidden_act]
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = config.hidden_dropout_prob
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x)))
+        x = self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        return F.dropout(x, self.dropout, self.training)
 
 
 class DecoderLayer(nn.Module):

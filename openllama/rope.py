@@ -2,7 +2,7 @@
 
 Feature d of a head is paired with feature d + D/2, and the pair is turned by position * frequency[d]:
 
-    (x1, x2)  ->  (x1 cos - x2 sin,  x2 cos + x1 sin)
+    (x1, x2)  ->  (x1 cos - x2 sin,  x2 cos + x1 sin)  =  (x1, x2) (cos, cos) + (x2, x1) (-sin, sin)
 
 Pure functions, no tables: the angles of a call depend on that call alone.
 Shapes here and everywhere: B batch, T query length, S key length, H heads, D head dim, C hidden size,
@@ -38,7 +38,7 @@ def frequencies(
         stretch = factor * key_length / max_positions - (factor - 1)
         base = BASE * stretch ** (head_dim / (head_dim - 2))
     exponents = torch.arange(0, head_dim, 2, dtype=dtype, device=device) / head_dim
-    return 1.0 / base**exponents
+    return (base**exponents).reciprocal()
 
 
 def cos_sin(
@@ -49,10 +49,11 @@ def cos_sin(
     key_length: int,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's angles: position_ids (B, T) -> two of (B, T, 1, D/2).
+    """Cosine and signed sine for ``rotate``: position_ids (B, T) -> two of (B, T, 1, D).
 
-    Returned in ``dtype``, but computed at least in float32: bfloat16 cannot tell position 2047 from 2048. Linear
-    scaling (reddit user kaiokendev) divides the positions by its factor.
+    Both halves of D hold the same angles; the sine is negative in the first. Returned in ``dtype``, but computed at
+    least in float32: bfloat16 cannot tell position 2047 from 2048. Linear scaling (reddit user kaiokendev) divides
+    the positions by its factor.
     """
     wide = torch.promote_types(dtype, torch.float32)
     positions = position_ids.to(wide)
@@ -60,12 +61,12 @@ def cos_sin(
         positions = positions / scaling["factor"]
     turn = frequencies(head_dim, scaling, max_positions, key_length, wide, position_ids.device)
     angles = positions[:, :, None, None] * turn  # (B, T, 1, D/2)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each feature pair of x (B, T, H, D) by its position's angle."""
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)  # under autocast x is narrower than the model
+    """Turn each feature pair of x (B, T, H, D) by its position's angle, as ``cos_sin`` gives it."""
+    turned = x * cos  # first: the strides of x's gradient follow the order, and are HF's this way
     half = x.shape[-1] // 2
-    x1, x2 = x[..., :half], x[..., half:]  # not chunk, whose gradient has other strides than HF's
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+    return turned + torch.cat((x[..., half:], x[..., :half]), dim=-1) * sin

@@ -206,7 +206,7 @@ def test_row_13_rotary_tables_are_rounded_float32_ones_at_any_length(dtype: torc
     exact = positions[0, :, None].double() * 10000.0 ** (-torch.arange(0, 12, 2).double() / 12)
     for table, truth in zip(rounded, (exact.cos(), exact.sin()), strict=True):
         assert table.dtype == dtype
-        assert float((table[0, :, 0].double() - truth).abs().max()) < 0.003
+        assert float((table[0, :, 0, 6:].double() - truth).abs().max()) < 0.003
 
 
 def test_row_14_a_long_call_does_not_change_later_ones() -> None:

@@ -118,10 +118,11 @@ def greedy_or_sample(sequences: Sequences, request: Request) -> Iterator[Step]:
     config, processors = request.config, [*request.processors, *request.filters]
     while sequences.length < config.max_length:
         logits, output = sequences.forward()
-        scores = apply(processors, sequences.ids, logits[:, -1])
+        logits = logits[:, -1]
+        scores = apply(processors, sequences.ids, logits)
         token = sequences.pad_ended(pick(scores, config.do_sample, request.generator))
         sequences.append(token)
-        yield Step(token, scores, logits[:, -1], output.attentions, output.hidden_states)
+        yield Step(token, scores, logits, output.attentions, output.hidden_states)
         if sequences.have_ended(scores):
             return
 

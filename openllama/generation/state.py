@@ -162,7 +162,7 @@ class Sequences:
 
     def ended(self, ids: Tensor, scores: Tensor) -> Tensor:
         """Which of ids (B, L) end with their last token, picked by ``scores``; (B,)."""
-        by_eos = (ids[:, -1:] == self._eos).any(dim=1)
+        by_eos = torch.isin(ids[:, -1], self._eos)
         return by_eos | stopped(self._stopping, ids, scores) if self._stopping else by_eos
 
     def replace_last(self, tokens: Tensor) -> None:
