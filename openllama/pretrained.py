@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from openllama.attention import check_backend
+from openllama.checkpoint.folders import check_destination, finished_folder
 from openllama.checkpoint.names import EMBEDDING, LM_HEAD, PREFIX, SCORE, Head, Weights, floating_dtype, select
 from openllama.checkpoint.reader import aligned, open_checkpoint
-from openllama.checkpoint.writer import OURS, check_destination, finished_folder, write_weights
+from openllama.checkpoint.writer import OURS, write_weights
 from openllama.config import OpenLlamaConfig
 from openllama.errors import InputError, warn
 from openllama.generation.config import GENERATION_CONFIG_FILE, GenerationConfig

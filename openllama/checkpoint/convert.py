@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from openllama.checkpoint.folders import check_destination, finished_folder
 from openllama.checkpoint.names import floating_dtype, select
+from openllama.checkpoint.pieces import cast
 from openllama.checkpoint.reader import open_checkpoint
-from openllama.checkpoint.writer import OURS, check_destination, finished_folder, write_weights
+from openllama.checkpoint.writer import OURS, write_weights
 from openllama.config import CONFIG_FILE, OpenLlamaConfig
 from openllama.errors import DestinationExistsError
 
@@ -46,8 +48,8 @@ def convert(
     _check_places(src, dst, overwrite)
     source = open_checkpoint(src, config)
     weights = select(source.tensors, source.config)
-    tensors = weights.named_as_found()
-    total = sum(t.numel() * (dtype or t.dtype).itemsize for t in tensors.values())
+    tensors = cast(weights.named_as_found(), dtype)
+    total = sum(tensor.nbytes for tensor in tensors.values())
     with (
         finished_folder(dst, (*OURS, *COPIED)) as folder,
         tqdm(total=2 * total, unit="B", unit_scale=True, desc="write, compare", disable=not progress) as bar,
@@ -56,7 +58,7 @@ def convert(
         for name in COPIED:
             if (source.folder / name).is_file():
                 shutil.copyfile(source.folder / name, folder / name)
-        write_weights(folder, tensors, dtype=dtype, max_shard_size=max_shard_size, tick=bar.update)
+        write_weights(folder, tensors, max_shard_size=max_shard_size, tick=bar.update)
 
 
 def _check_places(src: Path, dst: Path, overwrite: bool) -> None:

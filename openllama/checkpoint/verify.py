@@ -11,8 +11,8 @@ from pathlib import Path
 from torch import Tensor
 
 from openllama.checkpoint.names import Weights, select
+from openllama.checkpoint.pieces import Computed, is_copy, pieces
 from openllama.checkpoint.reader import Checkpoint, open_checkpoint
-from openllama.checkpoint.writer import is_copy, pieces
 from openllama.config import OpenLlamaConfig
 from openllama.errors import CheckpointError, CorruptCheckpointError, KeyMismatchError
 
@@ -126,7 +126,7 @@ def _compare(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], path: obj
         raise KeyMismatchError(
             f"only one of {path} and {against} holds {', '.join(sorted(mine.keys() ^ theirs.keys()))}"
         )
-    different = [name for name in mine if not is_copy(mine[name], theirs[name])]
+    different = [name for name in mine if not is_copy(mine[name], Computed(theirs[name], mine[name].dtype))]
     if different:
         raise CheckpointError(f"{path} and {against} differ in {', '.join(different)}")
     cast = sorted(

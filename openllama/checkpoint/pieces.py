@@ -1,0 +1,83 @@
+"""Tensors larger than memory, a piece at a time.
+
+``Computed`` is a tensor that does not exist yet: a cast, or a function of rows, of one that is mapped from a file. Both
+kinds are read as pieces, so that writing a model takes the memory of one piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+PIECE = 2**23  # numbers in a piece: 32 MiB in float32
+Tick = Callable[[int], object]  # called with the number of bytes done
+
+
+@dataclass(frozen=True)
+class Computed:
+    """``function`` of each row of ``source``, of the same shape, in ``dtype``; without a function, a cast."""
+
+    source: Tensor
+    dtype: torch.dtype
+    function: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.source.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.numel() * self.dtype.itemsize
+
+    def of(self, piece: Tensor) -> Tensor:
+        return (piece if self.function is None else self.function(piece)).to(self.dtype)
+
+
+Source: TypeAlias = "Tensor | Computed"
+
+
+def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Source]:
+    """The tensors in ``dtype``, cast when they are read; None changes nothing."""
+    if dtype is None:
+        return dict(tensors)
+    return {name: tensor if tensor.dtype == dtype else Computed(tensor, dtype) for name, tensor in tensors.items()}
+
+
+def pieces(source: Source) -> Iterator[Tensor]:
+    """Consecutive parts of at most ``PIECE`` numbers, on the CPU and contiguous; whole rows where a row is smaller."""
+    computed = source if isinstance(source, Computed) else None
+    for part in _parts(source.source if isinstance(source, Computed) else source):
+        piece = part.detach().to("cpu")
+        yield (piece if computed is None else computed.of(piece)).contiguous()
+
+
+def is_copy(copy: Tensor, original: Source, tick: Tick = lambda done: None) -> bool:
+    """Whether ``copy`` has the shape and the bits of ``original``: NaN equals NaN, 0 differs from -0."""
+    if copy.shape != original.shape or copy.dtype != original.dtype:
+        return False
+    for mine, theirs in zip(pieces(copy), pieces(original), strict=True):
+        if not torch.equal(as_bytes(mine), as_bytes(theirs)):
+            return False
+        tick(theirs.nbytes)
+    return True
+
+
+def as_bytes(piece: Tensor) -> Tensor:
+    """The bytes of a contiguous tensor, with a last dimension for those of one number."""
+    # view needs a last stride of 1: a new dimension has it, an old one may not.
+    return piece.unsqueeze(-1).view(torch.uint8)
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    """Views of at most ``PIECE`` numbers; where they are split depends on the shape alone."""
+    if tensor.numel() <= PIECE:
+        yield tensor
+    elif tensor[0].numel() > PIECE:
+        for row in tensor:
+            yield from _parts(row)
+    else:
+        yield from tensor.split(PIECE // tensor[0].numel())

@@ -1,0 +1,118 @@
+"""Destination folders: nothing half-written is ever seen."""
+
+from __future__ import annotations
+
+import errno
+import stat
+from pathlib import Path
+
+import pytest
+
+from openllama.checkpoint.folders import check_destination, finished_folder
+from openllama.checkpoint.writer import OURS
+from openllama.errors import DestinationExistsError
+
+OLD = {"config.json": "{}", "model.safetensors": "old", "notes.txt": "mine"}
+FAILURES = [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), ValueError("anything")]
+
+
+def make_old(folder: Path) -> None:
+    folder.mkdir()
+    for name, text in OLD.items():
+        (folder / name).write_text(text)
+    (folder / "sub").mkdir()
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}
+
+
+def test_new_folder_appears_whole(tmp_path: Path) -> None:
+    target = tmp_path / "parent" / "new"
+    with finished_folder(target, OURS) as folder:
+        (folder / "config.json").write_text("{}")
+        assert not target.exists()
+    assert contents(target) == {"config.json": "{}"}
+    assert [path.name for path in target.parent.iterdir()] == ["new"]
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    assert stat.S_IMODE(target.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+
+def test_replacing_keeps_what_is_not_ours(tmp_path: Path) -> None:
+    make_old(tmp_path / "x")
+    inode = (tmp_path / "x").stat().st_ino
+    with finished_folder(tmp_path / "x", OURS) as folder:
+        (folder / "config.json").write_text("new")
+        (folder / "model-00001-of-00001.safetensors").write_text("new")
+        assert contents(tmp_path / "x") == OLD
+    new = {"config.json": "new", "model-00001-of-00001.safetensors": "new", "notes.txt": "mine"}
+    assert contents(tmp_path / "x") == new
+    assert (tmp_path / "x" / "sub").is_dir()
+    assert len(list((tmp_path / "x").iterdir())) == 4
+    assert (tmp_path / "x").stat().st_ino == inode  # a working directory stays one
+
+
+@pytest.mark.parametrize("error", FAILURES, ids=repr)
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_failure_leaves_things_as_they_were(tmp_path: Path, error: BaseException, exists: bool) -> None:
+    if exists:
+        make_old(tmp_path / "x")
+    with pytest.raises(type(error)), finished_folder(tmp_path / "x", OURS) as folder:  # noqa: PT012
+        (folder / "config.json").write_text("new")
+        raise error
+    assert [path.name for path in tmp_path.iterdir()] == (["x"] if exists else [])
+    if exists:
+        assert contents(tmp_path / "x") == OLD
+        assert len(list((tmp_path / "x").iterdir())) == 4
+
+
+@pytest.mark.parametrize("error", FAILURES, ids=repr)
+@pytest.mark.parametrize("step", range(1, 5))
+def test_a_failure_while_files_change_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, step: int
+) -> None:
+    make_old(tmp_path / "x")
+    rename, calls = Path.rename, []
+
+    def failing(self: Path, target: Path) -> Path:
+        calls.append(target)
+        if len(calls) == step:
+            raise error
+        return rename(self, target)
+
+    with pytest.raises(type(error)), finished_folder(tmp_path / "x", OURS) as folder:  # noqa: PT012
+        (folder / "config.json").write_text("new")
+        (folder / "model.safetensors").write_text("new")
+        monkeypatch.setattr(Path, "rename", failing)
+    assert contents(tmp_path / "x") == OLD
+    assert len(list((tmp_path / "x").iterdir())) == 4
+
+
+def test_config_goes_first_and_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever looks in between finds a folder without configuration, which is refused, not a mixture."""
+    make_old(tmp_path / "x")
+    rename, seen = Path.rename, []
+
+    def watching(self: Path, target: Path) -> Path:
+        result = rename(self, target)
+        seen.append((tmp_path / "x" / "config.json").exists())
+        return result
+
+    monkeypatch.setattr(Path, "rename", watching)
+    with finished_folder(tmp_path / "x", OURS) as folder:
+        (folder / "config.json").write_text("new")
+        (folder / "model.safetensors").write_text("new")
+    assert seen == [False, False, False, True]
+
+
+def test_destinations(tmp_path: Path) -> None:
+    check_destination(tmp_path / "absent", overwrite=False)
+    (tmp_path / "empty").mkdir()
+    check_destination(tmp_path / "empty", overwrite=False)
+    make_old(tmp_path / "x")
+    check_destination(tmp_path / "x", overwrite=True)
+    with pytest.raises(DestinationExistsError, match="--overwrite"):
+        check_destination(tmp_path / "x", overwrite=False)
+    with pytest.raises(DestinationExistsError, match="is a file"):
+        check_destination(tmp_path / "x" / "notes.txt", overwrite=True)
