@@ -72,6 +72,33 @@ def test_inspect_and_verify_describe_a_checkpoint(capsys, folder):
     assert run(capsys, "verify", folder, "--against", folder)[0] == 0
 
 
+def test_inspect_tells_more_when_asked(capsys, folder):
+    _, out, _ = run(capsys, "inspect", folder, "--tree", "--stats")
+    assert len([line for line in out.splitlines() if line.startswith("model.layers.N.mlp.up_proj.weight")]) == 2
+    code, out, _ = run(capsys, "inspect", folder, "--json", "--stats")
+    assert code == 0
+    assert json.loads(out)["statistics"]["model.norm.weight"]["not_finite"] == 0
+
+
+def test_diff_tells_by_its_exit_code_whether_there_is_one(capsys, folder, tmp_path):
+    run(capsys, "convert", folder, tmp_path / "half", "--dtype", "bfloat16")
+    assert run(capsys, "diff", folder, folder)[0] == 0
+    with pytest.raises(SystemExit) as exit:
+        main(["diff", str(folder), str(tmp_path / "half")])
+    assert exit.value.code == 1
+    assert "relative error" in capsys.readouterr().out
+
+
+def test_verify_compares_logits(capsys, folder, tmp_path):
+    run(capsys, "convert", folder, tmp_path / "same")
+    code, out, _ = run(capsys, "verify", tmp_path / "same", "--against", folder, "--logits", "To be")
+    assert code == 0
+    assert "largest difference 0, mean 0" in out
+    code, _, err = run(capsys, "verify", folder, "--logits")
+    assert code == 1
+    assert "--against" in err
+
+
 def test_verify_fails_on_another_models_weights(capsys, folder, tmp_path):
     config = tiny_config(vocab_size=500, eos_token_id=None, initializer_range=0.3)
     other = write_checkpoint(tmp_path / "other", hf_weights(config, seed=1), config)

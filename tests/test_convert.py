@@ -211,19 +211,7 @@ def test_interrupted(
     assert sorted(path.name for path in tmp_path.iterdir()) == (["native", "source"] if exists else ["source"])
 
 
-# ---- verify and inspect
-
-
-def test_inspect(source: Path, tmp_path: Path) -> None:
-    run(source, tmp_path / "native", dtype="bfloat16", max_shard_size=500)
-    hf, native = inspect(source), inspect(tmp_path / "native")
-    assert (hf.layout, hf.format, hf.head, hf.dtypes) == ("hf", "pickle", "causal-lm", {"float32": hf.parameters})
-    assert (native.layout, native.format, native.dtypes) == ("native", "safetensors", {"bfloat16": hf.parameters})
-    assert hf.bytes == 2 * native.bytes == 4 * sum(tensor.numel() for tensor in native_weights(CONFIG).values())
-    assert len(native.files) > 1
-    assert f"causal-lm of {hf.parameters:,} parameters, float32" in str(hf)
-    assert "stable embedding, shared head" in str(native)
-    assert "\n" not in str(native)
+# ---- verify
 
 
 def test_verify_finds_numbers_that_are_none(tmp_path: Path) -> None:
@@ -249,6 +237,17 @@ def test_verify_finds_differences(source: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyMismatchError, match=r"only one of .* holds model\.layers\.1"):
         verify(tmp_path / "short", source)
     assert "all 22 tensors" in str(verify(source))
+
+
+def test_verify_shows_what_rounding_has_changed(source: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "native", dtype="bfloat16")
+    report = verify(tmp_path / "native", source)
+    assert report.rounding is not None
+    errors = [weight.relative_error for weight in report.rounding.weights if weight.different]
+    assert errors
+    assert max(errors) < 2**-8
+    assert "relative error" in str(report)
+    assert verify(source, source).rounding is None
 
 
 # ---- memory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import mmap
 import os
 import subprocess
 import sys
@@ -70,7 +71,26 @@ def test_peak_memory_is_told_in_the_unit_of_the_system(
     usage = SimpleNamespace(ru_maxrss=300 * 2**20 // unit)
     monkeypatch.setitem(sys.modules, "resource", SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: usage))
     monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(generate, "_mapped_memory", lambda: 0)
     assert generate._peak_memory(torch.device("cpu")) == ", peak memory 300 MiB"
+
+
+def test_pages_of_files_are_not_counted_as_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = SimpleNamespace(ru_maxrss=300 * 2**10)
+    monkeypatch.setitem(sys.modules, "resource", SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: usage))
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(generate, "_mapped_memory", lambda: 200 * 2**20)
+    told = generate._peak_memory(torch.device("cpu"))
+    assert told == ", peak memory 100 MiB and 200 MiB of mapped files, which the system can drop"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+def test_mapped_memory_grows_with_the_pages_that_are_read(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(bytes(2**26))
+    before = generate._mapped_memory()
+    with (tmp_path / "x").open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping:
+        sum(mapping[i] for i in range(0, 2**26, 2**12))
+        assert 2**25 < generate._mapped_memory() - before < 2**27
 
 
 def test_text_is_utf_8_whatever_encoding_the_system_prefers(folder: Path) -> None:

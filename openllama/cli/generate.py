@@ -201,4 +201,14 @@ def _peak_memory(device: torch.device) -> str:
     except ImportError:
         return ""
     unit = 1 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB elsewhere
-    return f", peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20:.0f} MiB"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    mapped = min(peak, _mapped_memory())
+    files = f" and {mapped / 2**20:.0f} MiB of mapped files, which the system can drop" if mapped else ""
+    return f", peak memory {(peak - mapped) / 2**20:.0f} MiB{files}"
+
+
+def _mapped_memory() -> int:
+    """Bytes of memory that only repeat what is in a file, such as weights that are used as they are; 0 if unknown."""
+    with contextlib.suppress(OSError), Path("/proc/self/status").open(encoding="ascii", errors="replace") as status:
+        return sum(int(line.split()[1]) * 2**10 for line in status if line.startswith("RssFile:"))
+    return 0
