@@ -56,3 +56,7 @@ class KeyMismatchError(CheckpointError, ValueError):
 
 class DestinationExistsError(CheckpointError, FileExistsError):
     """The destination already exists."""
+
+
+class DestinationBusyError(CheckpointError, BlockingIOError):
+    """Another process is writing to the destination."""

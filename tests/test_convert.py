@@ -188,10 +188,10 @@ def test_other_refusals(source: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")], ids=repr)
+@pytest.mark.parametrize("error", [ValueError("any"), OSError(28, "No space left on device")], ids=repr)
 @pytest.mark.parametrize("exists", [True, False])
-def test_interrupted(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, exists: bool
+def test_an_error_leaves_nothing_behind(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, exists: bool
 ) -> None:
     if exists:
         run(source, tmp_path / "native")

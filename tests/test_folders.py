@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import stat
 from pathlib import Path
 
@@ -73,18 +74,18 @@ def test_a_failure_while_files_change_places(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, step: int
 ) -> None:
     make_old(tmp_path / "x")
-    rename, calls = Path.rename, []
+    rename, calls = os.rename, []
 
-    def failing(self: Path, target: Path) -> Path:
+    def failing(source: Path, target: Path) -> None:
         calls.append(target)
         if len(calls) == step:
             raise error
-        return rename(self, target)
+        rename(source, target)
 
     with pytest.raises(type(error)), finished_folder(tmp_path / "x", OURS) as folder:  # noqa: PT012
         (folder / "config.json").write_text("new")
         (folder / "model.safetensors").write_text("new")
-        monkeypatch.setattr(Path, "rename", failing)
+        monkeypatch.setattr(os, "rename", failing)
     assert contents(tmp_path / "x") == OLD
     assert len(list((tmp_path / "x").iterdir())) == 4
 
@@ -92,14 +93,13 @@ def test_a_failure_while_files_change_places(
 def test_config_goes_first_and_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever looks in between finds a folder without configuration, which is refused, not a mixture."""
     make_old(tmp_path / "x")
-    rename, seen = Path.rename, []
+    rename, seen = os.rename, []
 
-    def watching(self: Path, target: Path) -> Path:
-        result = rename(self, target)
+    def watching(source: Path, target: Path) -> None:
+        rename(source, target)
         seen.append((tmp_path / "x" / "config.json").exists())
-        return result
 
-    monkeypatch.setattr(Path, "rename", watching)
+    monkeypatch.setattr(os, "rename", watching)
     with finished_folder(tmp_path / "x", OURS) as folder:
         (folder / "config.json").write_text("new")
         (folder / "model.safetensors").write_text("new")

@@ -20,11 +20,25 @@ from torch import Tensor
 
 from openllama.checkpoint import pieces, writer
 from openllama.checkpoint.pieces import cast
+from openllama.checkpoint.progress import Phase, Progress
 from openllama.checkpoint.writer import CODES, parse_size, plan_shards, write_weights
 from openllama.errors import CheckpointError, CorruptCheckpointError
 from tests.draw import examples
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Counted(Progress):
+    """Bytes that were written and compared."""
+
+    def __init__(self) -> None:
+        self.nbytes: dict[str, int] = {"write": 0, "compare": 0}
+
+    def begin(self, phase: Phase, file: str, nbytes: int) -> None:
+        self.phase = phase
+
+    def tick(self, nbytes: int) -> None:
+        self.nbytes[self.phase] += nbytes
 
 
 @st.composite
@@ -50,10 +64,10 @@ def test_the_safetensors_library_reads_what_is_written(tmp_path: Path, tensors, 
     folder = tmp_path / "x"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    done: list[int] = []
+    done = Counted()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pieces, "PIECE", piece)
-        write_weights(folder, cast(tensors, dtype), max_shard_size=limit, tick=done.append)
+        write_weights(folder, cast(tensors, dtype), max_shard_size=limit, progress=done)
     files = sorted(folder.glob("*.safetensors"))
     read = {name: tensor for file in files for name, tensor in load_file(file).items()}
     if dtype is None:
@@ -61,7 +75,7 @@ def test_the_safetensors_library_reads_what_is_written(tmp_path: Path, tensors, 
     tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()}
     torch.testing.assert_close(read, tensors, rtol=0, atol=0, equal_nan=True)
     total = sum(tensor.nbytes for tensor in tensors.values())
-    assert sum(done) == 2 * total
+    assert done.nbytes == {"write": total, "compare": total}
     assert all(safe_open(file, "pt").metadata() == {"format": "pt"} for file in files)
     if len(files) == 1:
         assert [path.name for path in folder.iterdir()] == ["model.safetensors"]
@@ -133,17 +147,18 @@ def test_sizes_that_are_none(size: Any) -> None:
 
 
 def test_a_disk_that_loses_bits_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = writer._write_file
+    real = writer._forget
 
-    def faulty(path: Path, *arguments: Any) -> None:
-        real(path, *arguments)
-        with path.open("r+b") as file:
+    def faulty(descriptor: int) -> None:
+        with next(tmp_path.glob("*.safetensors")).open("r+b") as file:
             file.seek(-1, os.SEEK_END)
             file.write(b"\x01")
+        real(descriptor)
 
-    monkeypatch.setattr(writer, "_write_file", faulty)
+    monkeypatch.setattr(writer, "_forget", faulty)
     with pytest.raises(CorruptCheckpointError, match=r"b differs when read again"):
         write_weights(tmp_path, {"a": torch.zeros(4), "b": torch.zeros(4)})
+    assert not list(tmp_path.iterdir())
 
 
 def test_full_disk_is_foreseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

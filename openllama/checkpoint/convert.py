@@ -7,16 +7,19 @@ from os import PathLike
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from openllama.checkpoint.folders import check_destination, finished_folder
+import openllama
+from openllama.checkpoint.folders import check_destination, contents, finished_folder, remains
 from openllama.checkpoint.names import floating_dtype, select
 from openllama.checkpoint.pieces import cast
+from openllama.checkpoint.progress import ShownProgress
 from openllama.checkpoint.reader import open_checkpoint
-from openllama.checkpoint.writer import OURS, write_weights
+from openllama.checkpoint.source import SourceFiles
+from openllama.checkpoint.writer import OURS, Resume, write_weights
 from openllama.config import CONFIG_FILE, OpenLlamaConfig
 from openllama.errors import DestinationExistsError
 
+RECORD = "verified.json"
 COPIED = (
     "tokenizer.model",
     "tokenizer_config.json",
@@ -50,15 +53,30 @@ def convert(
     weights = select(source.tensors, source.config)
     tensors = cast(weights.named_as_found(), dtype)
     total = sum(tensor.nbytes for tensor in tensors.values())
-    with (
-        finished_folder(dst, (*OURS, *COPIED)) as folder,
-        tqdm(total=2 * total, unit="B", unit_scale=True, desc="write, compare", disable=not progress) as bar,
-    ):
+    with SourceFiles(source.files) as files, finished_folder(dst, (*OURS, *COPIED), resume=True) as folder:
         weights.described_by(source.config, dtype).save_pretrained(folder)
         for name in COPIED:
             if (source.folder / name).is_file():
                 shutil.copyfile(source.folder / name, folder / name)
-        write_weights(folder, tensors, max_shard_size=max_shard_size, tick=bar.update)
+        write_weights(
+            folder,
+            tensors,
+            max_shard_size=max_shard_size,
+            progress=ShownProgress(total) if progress else None,
+            read=files.read,
+            resume=Resume(folder.parent / RECORD, _made_from(files, source.config, dtype)),
+        )
+        files.check_unchanged()
+
+
+def _made_from(files: SourceFiles, config: OpenLlamaConfig, dtype: torch.dtype | None) -> dict[str, object]:
+    """All that the written bytes depend on, beside the names, types and shapes that are in each file's header."""
+    return {
+        "version": openllama.__version__,
+        "source": files.identity(),
+        "config": config.to_dict(),
+        "dtype": str(dtype),
+    }
 
 
 def _check_places(src: Path, dst: Path, overwrite: bool) -> None:
@@ -66,7 +84,7 @@ def _check_places(src: Path, dst: Path, overwrite: bool) -> None:
     if dst.resolve() in (src.resolve(), *src.resolve().parents):
         raise DestinationExistsError(f"{dst} is or contains the source {src}; choose another folder")
     check_destination(dst, overwrite)
-    if dst.is_dir() and any(dst.iterdir()) and not (dst / CONFIG_FILE).is_file():
+    if dst.is_dir() and contents(dst) and not (dst / CONFIG_FILE).is_file() and not remains(dst.resolve()):
         raise DestinationExistsError(
             f"{dst} is not empty and not a checkpoint, so it is not replaced; choose a new folder"
         )

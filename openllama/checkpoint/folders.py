@@ -1,86 +1,271 @@
-"""Folders that appear only when they are complete.
+"""Folders that appear only when they are complete, whatever ends the process that writes them.
 
-All files are written to a temporary folder first; only when that is whole its files are renamed into place. An error,
-a full disk or Ctrl-C leaves the destination unchanged.
+All files are written to a work folder: inside the destination if that exists, otherwise beside it. It holds
+
+    lock        locked by the process that writes, for as long as it lives, with its number
+    new/        the files of the new folder; what is verified stays after an interruption, for the next run
+    swap.json   while files change places: those that leave and those that come
+    old/        the files that have left
+
+A new destination appears by one rename of ``new``. In an existing one, config.json leaves first and comes last, so that
+a folder in between is never read as a mixture. If the process is killed there, the next run undoes what swap.json says.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import secrets
+import re
 import shutil
+import sys
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
 from openllama.config import CONFIG_FILE
-from openllama.errors import DestinationExistsError
+from openllama.errors import CorruptCheckpointError, DestinationBusyError, DestinationExistsError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+WORK = ".openllama.incomplete"  # inside a destination; beside one, its name comes first
+LOCK, NEW, OLD, SWAP = "lock", "new", "old", "swap.json"
+INTERRUPTIONS = (KeyboardInterrupt, SystemExit)  # Ctrl-C, and what handlers of other signals raise
 
 
 def check_destination(destination: Path, overwrite: bool) -> None:
-    """Raise ``DestinationExistsError`` if ``destination`` exists and may not be replaced."""
-    if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
+    """Raise unless ``destination`` is free or may be replaced; undo a swap that was interrupted there.
+
+    Raises ``DestinationExistsError``, or ``DestinationBusyError`` if a living process writes there.
+    """
+    folder = _resolved(destination)
+    for work in (_inside(folder), _beside(folder)):
+        if work.is_dir():
+            with _locked(work, destination):
+                _undo(work, folder)
+    if not folder.exists() or (folder.is_dir() and not contents(folder)):
         return
-    if not destination.is_dir():
+    if not folder.is_dir():
         raise DestinationExistsError(f"{destination} is a file; choose a folder")
     if not overwrite:
         raise DestinationExistsError(f"{destination} exists; choose another folder, or pass overwrite (--overwrite)")
 
 
+def contents(folder: Path) -> list[str]:
+    """Names in ``folder``, without the remains of interrupted runs."""
+    own = {WORK, *(path.name for path in remains(folder))}
+    return [name for name in os.listdir(folder) if name not in own]
+
+
+def remains(folder: Path) -> list[Path]:
+    """What a killed process of this package left in or beside ``folder`` before work folders had fixed names."""
+    pattern = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{8}}\.(incomplete|replaced)")
+    places = [place for place in (folder, folder.parent) if place.is_dir()]
+    return [place / name for place in places for name in os.listdir(place) if pattern.fullmatch(name)]
+
+
+def check_whole(folder: Path) -> None:
+    """Raise ``CorruptCheckpointError`` if a process was killed while it replaced the files of ``folder``."""
+    if _left(_inside(folder)):
+        raise CorruptCheckpointError(
+            f"{folder} is incomplete: a program was interrupted while it replaced the files; run it again with the "
+            "same destination (--overwrite), which restores them first"
+        )
+
+
 @contextmanager
-def finished_folder(destination: Path, replaced: Collection[str]) -> Iterator[Path]:
-    """A temporary folder; its files are moved to ``destination`` if the block raises no error.
+def finished_folder(destination: Path, replaced: Collection[str], resume: bool = False) -> Iterator[Path]:
+    """An empty folder; its files are moved to ``destination`` if the block raises no error.
 
     A new destination is created by one rename. In an existing one, files whose names match a pattern of
-    ``replaced`` are removed and all others stay; config.json is moved last, because a folder without it
-    is not read.
+    ``replaced`` are removed and all others stay. With ``resume``, files of weights stay in the work folder after
+    ``INTERRUPTIONS`` or a kill, and the next call yields the folder with them. Raises ``DestinationBusyError`` if
+    another process writes to ``destination``.
     """
-    exists = destination.is_dir()
-    parent = destination if exists else destination.parent
-    parent.mkdir(parents=True, exist_ok=True)
-    temporary = parent / f".{destination.name}.{secrets.token_hex(4)}.incomplete"
+    folder = _resolved(destination)
+    exists = folder.is_dir()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if exists and _beside(folder).is_dir():
+        with _locked(_beside(folder), destination):
+            _clear(_beside(folder))
+    work = _inside(folder) if exists else _beside(folder)
+    with _locked(work, destination):
+        if folder.is_dir() != exists:
+            raise DestinationExistsError(f"{destination} was made or removed by another program just now; try again")
+        _undo(work, folder)
+        _clear(work, keep_weights=resume)
+        (work / NEW).mkdir(exist_ok=True)
+        try:
+            yield work / NEW
+            for path in (*(work / NEW).iterdir(), work / NEW):
+                sync(path)
+            if exists:
+                _swap(work, folder, replaced)
+            else:
+                os.rename(work / NEW, folder)
+                sync(folder.parent)
+        except BaseException as error:
+            _clear(work, keep_weights=resume and isinstance(error, INTERRUPTIONS))
+            if (work / NEW).is_dir():
+                error.args = (f"verified files stay in {work}; the same command goes on from there",)
+            raise
+        for path in remains(folder):
+            _remove(path)
+        _clear(work)
+
+
+# ---- names
+
+
+def _resolved(destination: Path) -> Path:
+    """The folder that ``destination`` means, links followed."""
+    if destination.is_symlink() and not destination.exists():
+        raise DestinationExistsError(f"{destination} is a link to a folder that does not exist; make it or the link go")
+    return destination.resolve()
+
+
+def _inside(folder: Path) -> Path:
+    return folder / WORK
+
+
+def _beside(folder: Path) -> Path:
+    return folder.parent / f".{folder.name}{WORK}"
+
+
+# ---- the lock
+
+
+@contextmanager
+def _locked(work: Path, destination: Path) -> Iterator[None]:
+    """Hold the lock of ``work``, which is made if absent, and removed in the end if it holds nothing else."""
+    descriptor = _lock(work, destination)
     try:
-        temporary.mkdir()
-        yield temporary
-        for path in (*temporary.iterdir(), temporary):
-            _sync(path)
-        if exists:
-            _move_in(temporary, destination, replaced)
-        else:
-            temporary.rename(destination)
-        _sync(parent)
+        yield
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        # Others may open the file until it is gone; _lock notices that it is. Windows cannot remove an open file.
+        if fcntl is None:
+            os.close(descriptor)
+        with suppress(OSError):
+            os.unlink(work / LOCK)
+            work.rmdir()
+        if fcntl is not None:
+            os.close(descriptor)
 
 
-def _move_in(temporary: Path, destination: Path, replaced: Collection[str]) -> None:
-    """Replace files of ``destination`` with those of ``temporary``: all of them, or none if there is an error."""
-    patterns = (*replaced, *(path.name for path in temporary.iterdir()))
-    old = [p for p in destination.iterdir() if p.is_file() and any(fnmatch(p.name, pattern) for pattern in patterns)]
-    backup = temporary.with_suffix(".replaced")
-    backup.mkdir()
-    moves = [(path, backup / path.name) for path in sorted(old, key=_config_first)]
-    moves += [(path, destination / path.name) for path in sorted(temporary.iterdir(), key=_config_first, reverse=True)]
-    done: list[tuple[Path, Path]] = []
+def _lock(work: Path, destination: Path) -> int:
+    """A descriptor of the locked file; the system unlocks it when the process ends, however it ends."""
+    for _ in range(100):
+        if work.is_symlink():
+            raise DestinationExistsError(f"{work} is a link, which this package does not make; remove it")
+        work.mkdir(exist_ok=True)
+        with suppress(FileNotFoundError):  # another process has just removed the folder or the file
+            descriptor = os.open(work / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            if not _try_lock(descriptor):
+                holder = os.read(descriptor, 20).decode(errors="replace") or "another"
+                os.close(descriptor)
+                raise DestinationBusyError(f"{destination} is being written by process {holder}; wait for it or end it")
+            if os.path.samestat(os.fstat(descriptor), os.stat(work / LOCK)):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, str(os.getpid()).encode())
+                return descriptor
+            os.close(descriptor)
+    raise DestinationBusyError(f"{work} is made and removed by other processes again and again; try later")
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Lock a file if no other process has; without the means (no known system) say yes."""
     try:
-        for source, target in moves:
-            done.append((source, target))
-            source.rename(target)
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        elif sys.platform == "win32":
+            import msvcrt
+
+            os.lseek(descriptor, 2**20, os.SEEK_SET)  # beyond the text: a locked byte cannot be read by others
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+            os.lseek(descriptor, 0, os.SEEK_SET)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+# ---- the swap
+
+
+def _swap(work: Path, folder: Path, replaced: Collection[str]) -> None:
+    """Replace files of ``folder`` by those of ``new``: all of them, or none if there is an error."""
+    new = sorted(os.listdir(work / NEW), key=_is_config)
+    patterns = (*replaced, *new)
+    old = [path.name for path in folder.iterdir() if path.is_file() and any(fnmatch(path.name, p) for p in patterns)]
+    old.sort(key=_is_config, reverse=True)
+    (work / OLD).mkdir()
+    write_whole(work / SWAP, json.dumps({"out": old, "in": new}))
+    try:
+        for name in old:
+            os.rename(folder / name, work / OLD / name)
+        for name in new:
+            os.rename(work / NEW / name, folder / name)
+        sync(folder)
     except BaseException:
-        for source, target in reversed(done):
-            if not source.exists():
-                target.rename(source)
-        backup.rmdir()
+        _undo(work, folder)
         raise
-    shutil.rmtree(backup, ignore_errors=True)
+    os.unlink(work / SWAP)
 
 
-def _config_first(path: Path) -> bool:
-    return path.name != CONFIG_FILE
+def _undo(work: Path, folder: Path) -> None:
+    """Take back a swap that did not come to its last rename; killed in between, it can be called again."""
+    swap, left = _journal(work), _left(work)
+    if left:
+        for name in swap["in"]:
+            if name not in left:
+                os.rename(folder / name, work / NEW / name)
+        for name in reversed(swap["out"]):
+            if os.path.lexists(work / OLD / name):
+                os.rename(work / OLD / name, folder / name)
+        sync(folder)
+    (work / SWAP).unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def _left(work: Path) -> list[str]:
+    """Files that a swap has still to move into the destination."""
+    return [name for name in _journal(work)["in"] if os.path.lexists(work / NEW / name)]
+
+
+def _journal(work: Path) -> dict[str, list[str]]:
+    """What an interrupted swap was to move out and in; raises ``CorruptCheckpointError`` for names of other places."""
+    path = work / SWAP
+    if not path.is_file():
+        return {"out": [], "in": []}
+    try:
+        swap = json.loads(path.read_text(encoding="utf-8"))
+        names = {side: [str(name) for name in swap[side]] for side in ("out", "in")}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CorruptCheckpointError(f"{path} is damaged: {error}; look what is in {work} and remove it") from error
+    linked = [part for part in (work, work / NEW, work / OLD) if part.is_symlink()]
+    if linked or any(name != Path(name).name for name in (*names["out"], *names["in"])):
+        raise CorruptCheckpointError(f"{path} leads out of its folder; this package did not write it: remove {work}")
+    return names
+
+
+def _is_config(name: str) -> bool:
+    return name == CONFIG_FILE
+
+
+# ---- files
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is never seen half-written, and that the disk has when this returns."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    sync(part)
+    os.replace(part, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
     """Make the system write a file or a folder to the disk."""
     if os.name != "posix":
         return  # elsewhere folders cannot be opened
@@ -89,3 +274,26 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _clear(work: Path, keep_weights: bool = False) -> None:
+    """Remove what is in a work folder, but for its lock and, if they are to stay, for files of weights and records."""
+    for path in work.iterdir():
+        if keep_weights and path.name == NEW and path.is_dir() and not path.is_symlink():
+            for file in path.iterdir():
+                if file.suffix != ".safetensors":
+                    _remove(file)
+            with suppress(OSError):
+                path.rmdir()  # if nothing stays
+        elif path.name != LOCK and not (keep_weights and path.suffix == ".json"):
+            _remove(path)
+    if not (work / NEW).exists():
+        for path in work.glob("*.json"):
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -6,14 +6,17 @@ kinds are read as pieces, so that writing a model takes the memory of one piece.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-PIECE = 2**23  # numbers in a piece: 32 MiB in float32
+PIECE = 2**21  # numbers in a piece: 8 MiB in float32, which a cache holds
+T = TypeVar("T")
 Tick = Callable[[int], object]  # called with the number of bytes done
 
 
@@ -47,12 +50,25 @@ def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, 
     return {name: tensor if tensor.dtype == dtype else Computed(tensor, dtype) for name, tensor in tensors.items()}
 
 
-def pieces(source: Source) -> Iterator[Tensor]:
-    """Consecutive parts of at most ``PIECE`` numbers, on the CPU and contiguous; whole rows where a row is smaller."""
+def pieces(source: Source, read: Callable[[Tensor], Tensor] = lambda part: part) -> Iterator[Tensor]:
+    """Consecutive parts of at most ``PIECE`` numbers, on the CPU and contiguous; whole rows where a row is smaller.
+
+    ``read`` gives the numbers of a part of the source.
+    """
     computed = source if isinstance(source, Computed) else None
     for part in _parts(source.source if isinstance(source, Computed) else source):
-        piece = part.detach().to("cpu")
+        piece = read(part.detach()).to("cpu")
         yield (piece if computed is None else computed.of(piece)).contiguous()
+
+
+def ahead(items: Iterator[T], count: int = 2) -> Iterator[T]:
+    """The same items, made by another thread while earlier ones are used; at most ``count`` are waiting."""
+    end: Any = object()
+    with ThreadPoolExecutor(1) as thread:
+        waiting = deque(thread.submit(next, items, end) for _ in range(count))
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(thread.submit(next, items, end))
+            yield item
 
 
 def is_copy(copy: Tensor, original: Source, tick: Tick = lambda done: None) -> bool:

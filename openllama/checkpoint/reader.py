@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from openllama.checkpoint.files import Format, format_of, open_file, unique_keys
+from openllama.checkpoint.folders import check_whole
 from openllama.config import CONFIG_FILE, OpenLlamaConfig
 from openllama.errors import (
     CheckpointNotFoundError,
@@ -57,6 +58,7 @@ def open_checkpoint(
     if not path.exists():
         raise CheckpointNotFoundError(f"{path}: no such file or folder; checkpoints are read from local disk only")
     folder = path if path.is_dir() else path.parent
+    check_whole(folder)
     if config is None and not (folder / CONFIG_FILE).is_file():
         raise CheckpointNotFoundError(f"{folder} has no {CONFIG_FILE}; put it there, or pass config (--config)")
     if not isinstance(config, OpenLlamaConfig):
