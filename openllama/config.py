@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openllama.errors import CheckpointNotFoundError, ConfigError, OpenLlamaError
+from openllama.files import read_json
 
 T = TypeVar("T")
 Rule = Callable[[Any], Any]  # returns a value as it is to be kept; raises ValueError with the words after "must be"
@@ -133,17 +134,6 @@ def mapping(value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise ValueError("a mapping")
     return dict(value)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds; raises ``ConfigError`` for anything else."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds a {type(values).__name__}, not a JSON object")
-    return values
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -296,7 +286,7 @@ class OpenLlamaConfig(Settings):
             raise CheckpointNotFoundError(
                 f"{path}: no such file; a model folder holds its configuration in {CONFIG_FILE}"
             )
-        values = read_json(path)
+        values = read_json(path, ConfigError)
         try:
             return cls.from_dict(values, **overrides)
         except ConfigError as error:

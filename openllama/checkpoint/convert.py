@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from openllama.checkpoint.archives import check_sums
 from openllama.checkpoint.folders import check_destination, finished_folder
 from openllama.checkpoint.names import floating_dtype, select
 from openllama.checkpoint.pieces import cast
@@ -48,6 +49,7 @@ def convert(
     _check_places(src, dst, overwrite)
     source = open_checkpoint(src, config)
     weights = select(source.tensors, source.config)
+    check_sums(source.files)
     tensors = cast(weights.named_as_found(), dtype)
     total = sum(tensor.nbytes for tensor in tensors.values())
     with (

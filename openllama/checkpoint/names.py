@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from openllama.config import OpenLlamaConfig
-from openllama.errors import ConfigError, KeyMismatchError, warn
+from openllama.errors import ConfigError, KeyMismatchError, listed, warn
 from openllama.model import CausalLM
 from openllama.rope import frequencies
 
@@ -69,7 +69,7 @@ class Problems:
     not_floating: list[str] = field(default_factory=list)
 
     def check(self) -> None:
-        """Raise ``KeyMismatchError`` that lists all entries, if there are any."""
+        """Raise ``KeyMismatchError`` that lists the first entries of each kind, if there are any."""
         titles = {
             "unknown": "not a weight of an Open-Llama",
             "unexpected": "not in the model that the configuration describes",
@@ -80,7 +80,7 @@ class Problems:
         }
         found = [(titles[name], entries) for name, entries in dataclasses.asdict(self).items() if entries]
         if found:
-            parts = [f"{title} ({len(entries)}): {', '.join(entries)}" for title, entries in found]
+            parts = [f"{title} ({len(entries)}): {listed(entries)}" for title, entries in found]
             raise KeyMismatchError(
                 f"the weights do not fit the configuration: {'; '.join(parts)}. Does the config.json belong to them?"
             )
@@ -140,7 +140,7 @@ def layout_of(names: Collection[str]) -> Layout:
         return "hf"
     if patterns & (NATIVE_TO_HF.keys() - HF_TO_NATIVE.keys()):
         return "native"
-    shown = ", ".join(sorted(names)[:10]) or "no weights"
+    shown = listed(sorted(names)) or "no weights"
     raise KeyMismatchError(f"these are not the weights of an Open-Llama: expected HF's or native names, found {shown}")
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from openllama.checkpoint.archives import check_sums
 from openllama.checkpoint.names import Weights, select
 from openllama.checkpoint.pieces import Computed, is_copy, pieces
 from openllama.checkpoint.reader import Checkpoint, open_checkpoint
 from openllama.config import OpenLlamaConfig
-from openllama.errors import CheckpointError, CorruptCheckpointError, KeyMismatchError
+from openllama.errors import CheckpointError, CorruptCheckpointError, KeyMismatchError, listed
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,11 @@ def verify(
     ``against``: another checkpoint, of either layout, that must have the same bits after a cast to the
     type of this one. Raises a ``CheckpointError`` that names every wrong weight.
     """
-    _, weights = _open(path, config)
+    checkpoint, weights = _open(path, config)
+    check_sums(checkpoint.files)
     broken = [name for name, tensor in weights.tensors.items() if not all(p.isfinite().all() for p in pieces(tensor))]
     if broken:
-        raise CorruptCheckpointError(f"{path} holds NaN or infinity in {', '.join(broken)}")
+        raise CorruptCheckpointError(f"{path} holds NaN or infinity in {listed(broken)}")
     rounded_to = (
         None if against is None else _compare(weights.tensors, _open(against, config)[1].tensors, path, against)
     )
@@ -124,11 +126,11 @@ def _compare(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], path: obj
     """Raise unless all bits are equal; returns the type that ``theirs`` had to be cast to, if any."""
     if mine.keys() != theirs.keys():
         raise KeyMismatchError(
-            f"only one of {path} and {against} holds {', '.join(sorted(mine.keys() ^ theirs.keys()))}"
+            f"only one of {path} and {against} holds {listed(sorted(mine.keys() ^ theirs.keys()))}"
         )
     different = [name for name in mine if not is_copy(mine[name], Computed(theirs[name], mine[name].dtype))]
     if different:
-        raise CheckpointError(f"{path} and {against} differ in {', '.join(different)}")
+        raise CheckpointError(f"{path} and {against} differ in {listed(different)}")
     cast = sorted(
         {str(mine[name].dtype).removeprefix("torch.") for name in mine if mine[name].dtype != theirs[name].dtype}
     )
