@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from openllama.checkpoint.archives import MAGIC, MAX_PICKLE, Limited, load_archive
@@ -78,27 +78,24 @@ def _open_safetensors(path: Path, size: int, start: bytes) -> dict[str, Tensor]:
     """Map the tensors of a file that the format's own library accepts.
 
     The library reads and checks the header: the tensors it lists, in the order of their numbers, fill the file without
-    gap or overlap. The mapping is ours, because that of the library reserves memory for all of the file, and Linux
-    refuses that for files larger than the memory.
+    gap or overlap. The mapping is ours: that of the library for torch asks for as much memory as the file is long, and
+    Linux refuses files larger than the machine's. Its mapping for numpy, which is only read, serves for the header.
     """
     length = int.from_bytes(start[:8], "little")
     if not 0 < length <= size - 8:
         raise CorruptCheckpointError(f"{path} is truncated or not a safetensors file: {size} bytes, header of {length}")
     if length > MAX_HEADER:
         raise CorruptCheckpointError(f"{path} has a header of {length:,} bytes; at most {MAX_HEADER:,} are read")
-    try:
-        with safe_open(path, "pt") as file:
-            slices = {name: file.get_slice(name) for name in file.offset_keys()}
-            entries = {name: (entry.get_dtype(), entry.get_shape()) for name, entry in slices.items()}
-    except (SafetensorError, RuntimeError, ValueError, OverflowError) as error:
-        raise CorruptCheckpointError(f"{path} is damaged or not a file of weights: {error}") from error
     mapping, tensors, offset = _map(path), {}, 8 + length
-    for name, (code, shape) in entries.items():
-        if code not in DTYPES:
-            raise CorruptCheckpointError(f"{path}: {name} is of type {code}, which is not one of {', '.join(DTYPES)}")
-        _check_rank(name, len(shape), path)
-        tensors[name] = _view(mapping, offset, DTYPES[code], shape)
-        offset += tensors[name].nbytes
+    with _translated_errors(path), safe_open(path, "numpy") as file:
+        for name in file.offset_keys():
+            entry = file.get_slice(name)
+            code, shape = entry.get_dtype(), entry.get_shape()
+            if code not in DTYPES:
+                raise CorruptCheckpointError(f"{path}: {name} is of type {code}, which is none of {', '.join(DTYPES)}")
+            _check_rank(name, len(shape), path)
+            tensors[name] = _view(mapping, offset, DTYPES[code], shape)
+            offset += tensors[name].nbytes
     return tensors
 
 
@@ -151,7 +148,7 @@ def _load_legacy(path: Path, size: int) -> tuple[Any, list[torch.UntypedStorage]
 
 @contextmanager
 def _translated_errors(path: Path) -> Iterator[None]:
-    """Turn the errors of unpickling into this package's errors."""
+    """Turn the errors of the formats' parsers into this package's errors."""
     try:
         yield
     except pickle.UnpicklingError as error:  # torch's message advises to switch off the check

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from openllama.checkpoint.files import Format, format_of, open_file
+from openllama.checkpoint.names import check_layers
 from openllama.config import CONFIG_FILE, OpenLlamaConfig
 from openllama.errors import (
     CheckpointNotFoundError,
@@ -52,7 +53,7 @@ def open_checkpoint(
 
     ``overrides`` replace fields of the configuration. Raises ``CheckpointNotFoundError``,
     ``CorruptCheckpointError``, ``UnsafePickleError``, ``KeyMismatchError`` (index and shards
-    disagree) or ``ConfigError``.
+    disagree, or there are far fewer weights than the configuration needs) or ``ConfigError``.
     """
     path = Path(path)
     if not path.exists():
@@ -69,6 +70,7 @@ def open_checkpoint(
         files, tensors = _open_shards(source)
     else:
         files, tensors = (source,), open_file(source)
+    check_layers(tensors, config)
     return Checkpoint(path, folder, files, format_of(files[0]), config, tensors)
 
 
