@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -22,12 +23,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openllama.errors import CheckpointNotFoundError, ConfigError, OpenLlamaError
+from openllama.files import read_json
 
 T = TypeVar("T")
 Rule = Callable[[Any], Any]  # returns a value as it is to be kept; raises ValueError with the words after "must be"
 
 MODEL_TYPE = "open-llama"
 CONFIG_FILE = "config.json"
+MAX_INTEGER = 2**63 - 1  # what torch takes
+MAX_NUMBER = sys.float_info.max
+MAX_LAYERS = 10**5
+MAX_SIZE = 2**28  # of a dimension; the bytes of a matrix are then a number that torch takes, too
 
 
 # ---- settings and their rules
@@ -44,12 +50,14 @@ def boolean(value: Any) -> bool:
     return value
 
 
-def integer(least: float = -math.inf, hint: str = "") -> Rule:
-    """Integers from ``least`` on; those of numpy become Python's."""
+def integer(least: float = -math.inf, hint: str = "", most: int = MAX_INTEGER) -> Rule:
+    """Integers from ``least`` to ``most``; those of numpy become Python's."""
 
     def rule(value: Any) -> int:
         if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
             raise ValueError(f"an integer{f' of at least {least}' if least > -math.inf else ''}{hint}")
+        if abs(value) > most:
+            raise ValueError(f"an integer of at most {most}")
         return int(value)
 
     return rule
@@ -62,7 +70,7 @@ def number(interval: str = "(-inf, inf)", hint: str = "") -> Rule:
 
     def rule(value: Any) -> Any:
         is_number = isinstance(value, Real) and not isinstance(value, bool)
-        if is_number and (low < value < high or value in ends):
+        if is_number and (low < value < high or value in ends) and (value in ends or abs(value) <= MAX_NUMBER):
             return value if type(value) in (int, float) else float(value)
         raise ValueError(f"a number in {interval}{hint}")
 
@@ -135,17 +143,6 @@ def mapping(value: Any) -> dict[str, Any]:
     return dict(value)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds; raises ``ConfigError`` for anything else."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds a {type(values).__name__}, not a JSON object")
-    return values
-
-
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write ``values`` to ``path``, making its folder where needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,6 +150,8 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 # ---- the model
+
+size = integer(1, most=MAX_SIZE)  # a dimension of a weight
 
 
 def _gelu_new(x: Tensor) -> Tensor:
@@ -199,11 +198,11 @@ class OpenLlamaConfig(Settings):
     taken_by: ClassVar[str] = "from_pretrained"
     model_type: ClassVar[str] = MODEL_TYPE  # adapters look for it
 
-    vocab_size: int = setting(100000, integer(1))  # V: rows of the embedding table; may exceed the tokenizer's pieces
-    hidden_size: int = setting(4096, integer(1))  # C: width of the residual stream
-    intermediate_size: int = setting(11008, integer(1))  # width inside the MLP
-    num_hidden_layers: int = setting(32, integer(1))
-    num_attention_heads: int = setting(32, integer(1))  # H: each of hidden_size / H dimensions
+    vocab_size: int = setting(100000, size)  # V: rows of the embedding table; may exceed the tokenizer's pieces
+    hidden_size: int = setting(4096, size)  # C: width of the residual stream
+    intermediate_size: int = setting(11008, size)  # width inside the MLP
+    num_hidden_layers: int = setting(32, integer(1, most=MAX_LAYERS))
+    num_attention_heads: int = setting(32, size)  # H: each of hidden_size / H dimensions
     hidden_act: str = setting("silu", one_of(*ACTIVATIONS))  # gate activation of the MLP
     max_position_embeddings: int = setting(2048, integer(1))  # trained context; dynamic NTK scaling starts beyond it
     initializer_range: float = setting(0.02, number("[0, inf)"))  # standard deviation of freshly drawn weights
@@ -219,7 +218,7 @@ class OpenLlamaConfig(Settings):
     use_stable_embedding: bool = setting(True, boolean)  # LayerNorm after the embedding lookup
     shared_input_output_embedding: bool = setting(True, boolean)  # no lm_head: logits come from the embedding table
     rope_scaling: dict[str, Any] | None = setting(None, optional(_rope_scaling))  # type and factor
-    num_labels: int = setting(2, integer(1))  # classes of the sequence classifier
+    num_labels: int = setting(2, size)  # classes of the sequence classifier
     problem_type: str | None = setting(None, optional(one_of(*PROBLEM_TYPES)))  # None: inferred from the labels
     output_attentions: bool = setting(False, boolean)  # these three are defaults of a forward call
     output_hidden_states: bool = setting(False, boolean)
@@ -278,8 +277,10 @@ class OpenLlamaConfig(Settings):
         misspelt = "use_memorry_efficient_attention"  # early checkpoints have it, and HF lets it win
         if misspelt in values:
             values["use_memory_efficient_attention"] = values.pop(misspelt)
-        if values.get("id2label"):  # the number of names wins
-            values["num_labels"] = len(values["id2label"])
+        if labels := values.get("id2label"):  # the number of names wins
+            if not isinstance(labels, (Mapping, list)):
+                raise ConfigError(f"id2label must be the names of the classes by number, got {labels!r}")
+            values["num_labels"] = len(labels)
         known = set(cls.field_names()) - {"extra"}
         if unknown := sorted(set(overrides) - known):
             raise ConfigError(f"{', '.join(unknown)}: not a field of OpenLlamaConfig")
@@ -296,7 +297,7 @@ class OpenLlamaConfig(Settings):
             raise CheckpointNotFoundError(
                 f"{path}: no such file; a model folder holds its configuration in {CONFIG_FILE}"
             )
-        values = read_json(path)
+        values = read_json(path, ConfigError)
         try:
             return cls.from_dict(values, **overrides)
         except ConfigError as error:
@@ -318,6 +319,8 @@ def _from_llama(values: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(heads, int) or not isinstance(size, int) or heads < 1:
         raise ConfigError(f"num_attention_heads {heads!r} and hidden_size {size!r} must be positive integers")
     rope = values.pop("rope_parameters", None) or {}  # transformers 5 keeps all of RoPE here
+    if not isinstance(rope, Mapping):
+        raise ConfigError(f"rope_parameters must be a mapping, got {rope!r}")
     same = {
         "num_key_value_heads": (values.pop("num_key_value_heads", None) or heads, heads),
         "head_dim": (values.pop("head_dim", None) or size // heads, size // heads),

@@ -4,6 +4,23 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Collection
+
+MAX_ENTRIES = 10  # of a list in a message
+MAX_MESSAGE = 4000  # characters
+
+
+def listed(entries: Collection[str], separator: str = ", ") -> str:
+    """The first ``MAX_ENTRIES`` entries and the number of the others: "a, b, c and 999,997 more"."""
+    shown = separator.join(list(entries)[:MAX_ENTRIES])
+    return shown if len(entries) <= MAX_ENTRIES else f"{shown} and {len(entries) - MAX_ENTRIES:,} more"
+
+
+def printable(text: str) -> str:
+    """``text`` as a terminal may show it: cut to ``MAX_MESSAGE``, with control characters and line ends as escapes."""
+    if len(text) > MAX_MESSAGE:
+        text = f"{text[:MAX_MESSAGE]}... ({len(text):,} characters)"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def warn(message: str) -> None:
@@ -11,11 +28,17 @@ def warn(message: str) -> None:
     frame, level = inspect.currentframe(), 1
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("openllama", "torch"):
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level)
+    warnings.warn(printable(message), stacklevel=level)
 
 
 class OpenLlamaError(Exception):
-    """Base of all errors of this package; the command line prints them as one line."""
+    """Base of all errors of this package; the command line prints them as one line.
+
+    Messages contain names from files: what would control a terminal is escaped.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(OpenLlamaError, ValueError):

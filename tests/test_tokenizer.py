@@ -295,7 +295,7 @@ def test_a_tokenizer_can_be_pickled_and_copied(tokenizer: OpenLlamaTokenizer) ->
         ("tokenizer.model", None, "tokenizer.model: no such file"),
         ("tokenizer.model", "", "is empty"),
         ("tokenizer.model", "hello", "not a sentencepiece model"),
-        ("tokenizer_config.json", "{", "not readable JSON"),
+        ("tokenizer_config.json", "{", "not valid JSON"),
         ("tokenizer_config.json", "[]", "holds a list, not a JSON object"),
         ("tokenizer_config.json", '{"padding_side": "up"}', "padding_side must be one of 'left', 'right', got 'up'"),
         ("special_tokens_map.json", '{"pad_token": 3}', "pad_token must be a non-empty string"),

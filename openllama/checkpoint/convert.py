@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 import openllama
+from openllama.checkpoint.archives import check_sums
 from openllama.checkpoint.folders import check_destination, contents, finished_folder, remains
 from openllama.checkpoint.names import floating_dtype, select
 from openllama.checkpoint.pieces import cast
@@ -51,6 +52,7 @@ def convert(
     _check_places(src, dst, overwrite)
     source = open_checkpoint(src, config)
     weights = select(source.tensors, source.config)
+    check_sums(source.files)
     tensors = cast(weights.named_as_found(), dtype)
     total = sum(tensor.nbytes for tensor in tensors.values())
     with SourceFiles(source.files) as files, finished_folder(dst, (*OURS, *COPIED), resume=True) as folder:

@@ -6,24 +6,29 @@ never the file. Pickles are only opened with torch's ``weights_only=True``, whic
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
-import os
 import pickle
 import re
-import struct
 import sys
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
-from openllama.errors import CheckpointError, CorruptCheckpointError, UnsafePickleError, warn
+from openllama.checkpoint.archives import MAGIC, MAX_PICKLE, Limited, load_archive
+from openllama.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    UnsafePickleError,
+    listed,
+    warn,
+)
 
 Format = Literal["safetensors", "pickle"]
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")  # keys under which trainers nest the weights
@@ -33,11 +38,14 @@ DTYPES = {  # safetensors' names of the types this package reads
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool,
 }  # fmt: skip
-MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
+MAX_HEADER = 2**24  # bytes of a safetensors header, some 150,000 tensors; the format allows 100 MB
+MAX_RANK = 64  # dimensions; torch computes with no more
 
 
 def open_file(path: Path) -> dict[str, Tensor]:
     """All tensors of one file, memory-mapped; the suffix tells the format."""
+    if not path.is_file():  # a pipe or a device; opening a pipe may wait for ever
+        raise CheckpointNotFoundError(f"{path} is not a regular file")
     size = path.stat().st_size
     if size == 0:
         raise CorruptCheckpointError(f"{path} is empty; copy or download it again")
@@ -46,57 +54,60 @@ def open_file(path: Path) -> dict[str, Tensor]:
     if start.startswith(b"version https://git-lfs"):
         raise CorruptCheckpointError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull`")
     if format_of(path) == "safetensors":
-        return _open_safetensors(path, size)
-    if start.startswith(b"PK\x03\x04"):
-        return _plain_tensors(_load_zip(path, size), path)
-    if start.startswith(b"\x80"):
-        return _plain_tensors(_load_legacy(path), path)
-    raise CorruptCheckpointError(f"{path} is not a file that torch.save wrote; copy or download it again")
+        return _open_safetensors(path, size, start)
+    if start.startswith(MAGIC):
+        with _translated_errors(path):
+            loaded, storages = load_archive(path, _map(path))
+    elif start.startswith(b"\x80"):
+        loaded, storages = _load_legacy(path, size)
+    else:
+        raise CorruptCheckpointError(f"{path} is not a file that torch.save wrote; copy or download it again")
+    tensors = _plain_tensors(loaded, path)
+    _check_places(tensors, storages, path, size)
+    return tensors
 
 
 def format_of(path: Path) -> Format:
     return "safetensors" if path.suffix == ".safetensors" else "pickle"
 
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{', '.join(sorted({key for key in keys if keys.count(key) > 1}))} given twice")
-    return result
-
-
 # ---- safetensors: 8 bytes of header length, a JSON header, the numbers
 
 
-def _open_safetensors(path: Path, size: int) -> dict[str, Tensor]:
-    mapping = _map(path)
-    length = struct.unpack("<Q", mapping[:8])[0] if size >= 8 else size
-    if not 0 < length <= min(size - 8, MAX_HEADER):
+def _open_safetensors(path: Path, size: int, start: bytes) -> dict[str, Tensor]:
+    """Map the tensors of a file that the format's own library accepts.
+
+    The library reads and checks the header: the tensors it lists, in the order of their numbers, fill the file without
+    gap or overlap. The mapping is ours: that of the library for torch asks for as much memory as the file is long, and
+    Linux refuses files larger than the machine's. Its mapping for numpy, which is only read, serves for the header.
+    """
+    length = int.from_bytes(start[:8], "little")
+    if not 0 < length <= size - 8:
         raise CorruptCheckpointError(f"{path} is truncated or not a safetensors file: {size} bytes, header of {length}")
-    try:
-        header = json.loads(mapping[8 : 8 + length], object_pairs_hook=unique_keys)
-        header.pop("__metadata__", None)
-        return {name: _view(mapping, 8 + length, **entry) for name, entry in header.items()}
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise CorruptCheckpointError(f"{path} is damaged or not a file of weights: {error}") from error
+    if length > MAX_HEADER:
+        raise CorruptCheckpointError(f"{path} has a header of {length:,} bytes; at most {MAX_HEADER:,} are read")
+    mapping, tensors, offset = _map(path), {}, 8 + length
+    with _translated_errors(path), safe_open(path, "numpy") as file:
+        for name in file.offset_keys():
+            entry = file.get_slice(name)
+            code, shape = entry.get_dtype(), entry.get_shape()
+            if code not in DTYPES:
+                raise CorruptCheckpointError(f"{path}: {name} is of type {code}, which is none of {', '.join(DTYPES)}")
+            _check_rank(name, len(shape), path)
+            tensors[name] = _view(mapping, offset, DTYPES[code], shape)
+            offset += tensors[name].nbytes
+    return tensors
 
 
-def _view(mapping: mmap.mmap, start: int, dtype: str, shape: list[int], data_offsets: list[int]) -> Tensor:
-    """The tensor that one entry of a header describes; raises ValueError or TypeError for a bad entry."""
-    if dtype not in DTYPES:
-        raise ValueError(f"type {dtype!r} is not one of {', '.join(DTYPES)}")
-    begin, end = data_offsets
-    count = math.prod(shape)
-    if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
-        raise ValueError(f"shape {shape} and offsets {data_offsets} must be non-negative integers")
-    if end - begin != count * DTYPES[dtype].itemsize:
-        raise ValueError(f"{end - begin} bytes for shape {shape} of type {dtype}")
-    if start + end > len(mapping):
-        raise ValueError(f"the file has {len(mapping)} bytes, its header needs {start + end}")
-    if count == 0:
-        return torch.empty(shape, dtype=DTYPES[dtype])
-    return torch.frombuffer(mapping, dtype=DTYPES[dtype], count=count, offset=start + begin).view(shape)
+def _view(mapping: mmap.mmap, offset: int, dtype: torch.dtype, shape: list[int]) -> Tensor:
+    if 0 in shape:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(mapping, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
+
+
+def _check_rank(name: str, rank: int, path: Path) -> None:
+    if rank > MAX_RANK:
+        raise CorruptCheckpointError(f"{path}: {name} has {rank:,} dimensions; torch computes with {MAX_RANK}")
 
 
 def _map(path: Path) -> mmap.mmap:
@@ -111,78 +122,44 @@ def _map(path: Path) -> mmap.mmap:
 # ---- torch.save
 
 
-def _load_zip(path: Path, size: int) -> Any:
-    """Load torch's zip format with memory-mapped tensors."""
-    _check_zip(path)
-    with _translated_errors(path):
-        if size < _memory():
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return _load_zip_beyond_memory(path)
-
-
-def _load_legacy(path: Path) -> Any:
-    """Load torch's format from before version 1.6, which cannot be memory-mapped."""
+def _load_legacy(path: Path, size: int) -> tuple[Any, list[torch.UntypedStorage]]:
+    """Load torch's format from before version 1.6, which cannot be memory-mapped, and the storages of its tensors."""
     warn(f"{path} is in torch's format from before 1.6 and is read into memory completely")
+    storages: list[torch.UntypedStorage] = []
+    sizes: list[int] = []
+    left = size
+
+    def filled(storage: torch.UntypedStorage, device: str) -> torch.UntypedStorage:
+        nonlocal left
+        storages.append(storage)
+        sizes.append(storage.nbytes())
+        left -= storage.nbytes()
+        if left < 0:
+            raise CorruptCheckpointError(f"{path} is truncated: its tensors need more than its {size} bytes")
+        return storage.fill_(0xFF)  # NaN, should the file hold no numbers for this storage
+
     with _translated_errors(path):
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            loaded = torch.load(Limited(file, MAX_PICKLE), map_location=filled, weights_only=True)
+        if [storage.nbytes() for storage in storages] != sizes:  # torch enlarges one that is too small for its tensor
+            raise CorruptCheckpointError(f"{path} is damaged: a tensor is larger than its storage")
+    return loaded, storages
 
 
 @contextmanager
 def _translated_errors(path: Path) -> Iterator[None]:
-    """Turn the errors of ``torch.load`` into this package's errors."""
+    """Turn the errors of the formats' parsers into this package's errors."""
     try:
         yield
     except pickle.UnpicklingError as error:  # torch's message advises to switch off the check
         asked = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it asks for {asked[1]}" if asked else "it is not what torch.save writes"
         raise UnsafePickleError(f"{path} holds more than plain tensors and was not executed: {what}") from error
-    except (CheckpointError, OSError, MemoryError):
+    except (CheckpointError, OSError):
         raise
-    except Exception as error:  # a damaged file can cause any error in the parser
+    except Exception as error:  # a damaged file can cause any error in the parser, MemoryError too
         first_line = str(error).partition("\n")[0]
         raise CorruptCheckpointError(f"{path} is truncated or damaged: {first_line or repr(error)}") from error
-
-
-def _check_zip(path: Path) -> None:
-    """Raise if the records of an archive cannot be mapped, or if it holds code."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            records = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, struct.error) as error:
-        raise CorruptCheckpointError(f"{path} is truncated or damaged: {error}") from error
-    if any(record.filename.endswith("/constants.pkl") for record in records):
-        raise UnsafePickleError(
-            f"{path} is a TorchScript archive, which holds code; save the model's state_dict instead"
-        )
-    if packed := [record.filename for record in records if record.compress_type != zipfile.ZIP_STORED]:
-        raise CorruptCheckpointError(f"{path} was compressed after torch.save wrote it ({packed[0]}); unpack it first")
-
-
-def _load_zip_beyond_memory(path: Path) -> Any:
-    """Load a file larger than memory, which torch itself cannot map on Linux.
-
-    torch builds the tensors without data and records the offset of each storage in the file.
-    """
-    mapping = _map(path)
-
-    def fill(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: fill(item) for key, item in value.items()}
-        if not isinstance(value, Tensor):
-            return value
-        storage = value.untyped_storage()
-        offset = getattr(storage, "_checkpoint_offset", None)
-        if offset is None:
-            raise CheckpointError(f"{path} is larger than this machine's memory; reading it needs a newer torch")
-        data = torch.frombuffer(mapping, dtype=torch.uint8, count=storage.nbytes(), offset=offset)
-        return data.view(value.dtype).as_strided(value.shape, value.stride(), value.storage_offset())
-
-    return fill(torch.load(path, map_location="meta", weights_only=True))
-
-
-def _memory() -> int:
-    """Bytes of RAM."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else sys.maxsize
 
 
 def _plain_tensors(loaded: Any, path: Path) -> dict[str, Tensor]:
@@ -196,17 +173,47 @@ def _plain_tensors(loaded: Any, path: Path) -> dict[str, Tensor]:
     for prefix in WRAPPED_PREFIXES:
         if tensors and all(isinstance(key, str) and key.startswith(prefix) for key in tensors):
             tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-    odd = [f"{key!r} is a {type(value).__name__}" for key, value in tensors.items() if not _is_plain(key, value)]
-    if odd:
-        raise UnsafePickleError(f"{path} holds more than plain tensors: {', '.join(odd)}")
+    if odd := [_described(key, value) for key, value in tensors.items() if not _is_plain(key, value)]:
+        raise UnsafePickleError(f"{path} holds more than plain tensors: {listed(odd)}")
     return {key: value.detach() for key, value in tensors.items()}
+
+
+def _check_places(
+    tensors: Mapping[str, Tensor], storages: Collection[torch.UntypedStorage], path: Path, size: int
+) -> None:
+    """Raise ``CorruptCheckpointError`` unless each number of each tensor has its place in one of ``storages``."""
+    for key, tensor in tensors.items():
+        _check_rank(key, tensor.dim(), path)
+    addresses = {storage.data_ptr() for storage in storages}
+    if lost := [k for k, t in tensors.items() if t.numel() and t.untyped_storage().data_ptr() not in addresses]:
+        raise CorruptCheckpointError(f"{path} holds tensors without numbers: {listed(lost)}")
+    if folded := [key for key, tensor in tensors.items() if _overlaps_itself(tensor)]:
+        raise CorruptCheckpointError(f"{path} holds tensors whose numbers share places: {listed(folded)}")
+    if (total := sum(tensor.nbytes for tensor in tensors.values())) > 2 * size:  # a tied table counts twice
+        raise CorruptCheckpointError(f"{path} has {size:,} bytes; its tensors share them to be {total:,} bytes")
+
+
+def _described(key: object, value: object) -> str:
+    # The repr of a key or value may be exponentially long.
+    return f"{key!r} is a {type(value).__name__}" if isinstance(key, (str, int)) else f"a key is a {type(key).__name__}"
 
 
 def _is_plain(key: object, value: object) -> bool:
     return (
         isinstance(key, str)
-        and isinstance(value, Tensor)
+        and type(value) in (Tensor, torch.nn.Parameter)
         and value.layout == torch.strided
         and value.device.type == "cpu"
         and not value.is_quantized
     )
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two numbers of a tensor may lie at one place, as in an expanded one: it would be written out larger."""
+    reach = 0  # places from the first number to the last, in the dimensions of smaller strides
+    for stride, length in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if length > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (length - 1)
+    return False

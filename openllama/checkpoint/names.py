@@ -11,13 +11,14 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
+from itertools import groupby
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from openllama.config import OpenLlamaConfig
-from openllama.errors import ConfigError, KeyMismatchError, warn
+from openllama.errors import ConfigError, KeyMismatchError, listed, warn
 from openllama.model import CausalLM
 from openllama.rope import frequencies
 
@@ -47,6 +48,7 @@ NATIVE_TO_HF = {native: hf for hf, native in HF_TO_NATIVE.items()}
 INV_FREQ = "model.layers.N.self_attn.rotary_emb.inv_freq"  # only in HF; follows from the configuration
 EMBEDDING, LM_HEAD, SCORE = "model.embedding.tokens.weight", "lm_head.weight", "score.weight"
 HEADS = (LM_HEAD, SCORE)
+_FIRST_LAYER = f"{PREFIX}layers.0."
 ARCHITECTURES: dict[Head, str] = {
     "body": "OpenLlamaModel",
     "causal-lm": "OpenLlamaForCausalLM",
@@ -69,7 +71,7 @@ class Problems:
     not_floating: list[str] = field(default_factory=list)
 
     def check(self) -> None:
-        """Raise ``KeyMismatchError`` that lists all entries, if there are any."""
+        """Raise ``KeyMismatchError`` that lists the first entries of each kind, if there are any."""
         titles = {
             "unknown": "not a weight of an Open-Llama",
             "unexpected": "not in the model that the configuration describes",
@@ -80,7 +82,7 @@ class Problems:
         }
         found = [(titles[name], entries) for name, entries in dataclasses.asdict(self).items() if entries]
         if found:
-            parts = [f"{title} ({len(entries)}): {', '.join(entries)}" for title, entries in found]
+            parts = [f"{title} ({len(entries)}): {listed(entries)}" for title, entries in found]
             raise KeyMismatchError(
                 f"the weights do not fit the configuration: {'; '.join(parts)}. Does the config.json belong to them?"
             )
@@ -124,13 +126,32 @@ def floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 def expected_shapes(config: OpenLlamaConfig, head: Head = "causal-lm") -> dict[str, Shape]:
     """Full native name -> shape of every weight that a file must hold; a tied ``lm_head`` is not among them."""
     with torch.device("meta"):
-        model = CausalLM(config)
-    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+        model = CausalLM(dataclasses.replace(config, num_hidden_layers=1))
+    one = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    shapes: dict[str, Shape] = {}
+    for in_layer, group in groupby(one, key=lambda name: name.startswith(_FIRST_LAYER)):
+        names = list(group)
+        for number in range(config.num_hidden_layers if in_layer else 1):
+            shapes |= {name.replace(_FIRST_LAYER, f"{PREFIX}layers.{number}."): one[name] for name in names}
     if head != "causal-lm":
         shapes.pop(LM_HEAD, None)
     if head == "classifier":
         shapes[SCORE] = (config.num_labels, config.hidden_size)
     return shapes
+
+
+def check_layers(names: Collection[str], config: OpenLlamaConfig) -> None:
+    """Raise ``KeyMismatchError`` if ``config`` has more than twice as many layers as there are weights for.
+
+    A config.json could else ask for any amount of time and memory, for modules, names and one line for each that is
+    missing.
+    """
+    needed = sum(".N." in name for name in NATIVE_TO_HF) * config.num_hidden_layers
+    if needed > 2 * len(names) + 20:
+        raise KeyMismatchError(
+            f"num_hidden_layers {config.num_hidden_layers} needs {needed} weights, there are {len(names)}. Does the "
+            "config.json belong to them?"
+        )
 
 
 def layout_of(names: Collection[str]) -> Layout:
@@ -140,7 +161,7 @@ def layout_of(names: Collection[str]) -> Layout:
         return "hf"
     if patterns & (NATIVE_TO_HF.keys() - HF_TO_NATIVE.keys()):
         return "native"
-    shown = ", ".join(sorted(names)[:10]) or "no weights"
+    shown = listed(sorted(names)) or "no weights"
     raise KeyMismatchError(f"these are not the weights of an Open-Llama: expected HF's or native names, found {shown}")
 
 

@@ -8,7 +8,6 @@ Pickles are only opened with torch's ``weights_only=True``, which executes nothi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -17,14 +16,17 @@ from typing import Any
 
 from torch import Tensor
 
-from openllama.checkpoint.files import Format, format_of, open_file, unique_keys
+from openllama.checkpoint.files import Format, format_of, open_file
 from openllama.checkpoint.folders import check_whole
+from openllama.checkpoint.names import check_layers
 from openllama.config import CONFIG_FILE, OpenLlamaConfig
 from openllama.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
     KeyMismatchError,
+    listed,
 )
+from openllama.files import read_json
 
 SAFETENSORS_FILE, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE_FILE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -52,7 +54,7 @@ def open_checkpoint(
 
     ``overrides`` replace fields of the configuration. Raises ``CheckpointNotFoundError``,
     ``CorruptCheckpointError``, ``UnsafePickleError``, ``KeyMismatchError`` (index and shards
-    disagree) or ``ConfigError``.
+    disagree, or there are far fewer weights than the configuration needs) or ``ConfigError``.
     """
     path = Path(path)
     if not path.exists():
@@ -70,6 +72,7 @@ def open_checkpoint(
         files, tensors = _open_shards(source)
     else:
         files, tensors = (source,), open_file(source)
+    check_layers(tensors, config)
     return Checkpoint(path, folder, files, format_of(files[0]), config, tensors)
 
 
@@ -90,7 +93,7 @@ def _find_weights(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     others = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth"))
-    hint = f"; it has {', '.join(others)}: pass the file itself, or add the missing index" if others else ""
+    hint = f"; it has {listed(others)}: pass the file itself, or add the missing index" if others else ""
     raise CheckpointNotFoundError(f"{folder} holds none of {', '.join(SEARCHED)}{hint}")
 
 
@@ -102,7 +105,7 @@ def _open_shards(index: Path) -> tuple[tuple[Path, ...], dict[str, Tensor]]:
     weight_map = _read_index(index)
     names = sorted(set(weight_map.values()))
     if absent := [name for name in names if not (index.parent / name).is_file()]:
-        raise CheckpointNotFoundError(f"{index} names {', '.join(absent)}, which {index.parent} does not contain")
+        raise CheckpointNotFoundError(f"{index} names {listed(absent)}, which {index.parent} does not contain")
     files = tuple(index.parent / name for name in names)
     tensors: dict[str, Tensor] = {}
     problems: list[str] = []
@@ -116,20 +119,16 @@ def _open_shards(index: Path) -> tuple[tuple[Path, ...], dict[str, Tensor]]:
                 tensors[key] = tensor
     problems += [f"{key} is not in {weight_map[key]}" for key in sorted(weight_map.keys() - tensors.keys())]
     if problems:
-        raise KeyMismatchError(f"{index} and its shards disagree: {'; '.join(problems)}")
+        raise KeyMismatchError(f"{index} and its shards disagree: {listed(problems, '; ')}")
     return files, tensors
 
 
 def _read_index(index: Path) -> dict[str, str]:
     """Key -> file name; raises ``CorruptCheckpointError`` for a file outside the folder of the index."""
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)["weight_map"]
-        entries = dict(weight_map.items())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptCheckpointError(f'{index} is not a JSON index with a "weight_map": {error}') from error
+    entries = read_json(index, CorruptCheckpointError, unique=True).get("weight_map")
+    if not isinstance(entries, dict) or not entries:
+        raise CorruptCheckpointError(f'{index} has no "weight_map" that names weights')
     for key, name in entries.items():
         if not isinstance(name, str) or name != Path(name).name or "\\" in name or name in ("", ".", ".."):
             raise CorruptCheckpointError(f"{index} places {key} in {name!r}; only files in the same folder are allowed")
-    if not entries:
-        raise CorruptCheckpointError(f"{index} names no weights")
     return entries

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from torch import Tensor
 
+from openllama.checkpoint.archives import check_sums
 from openllama.checkpoint.compare import Comparison, compare
 from openllama.checkpoint.names import select
 from openllama.checkpoint.pieces import Computed, is_copy, pieces
 from openllama.checkpoint.reader import open_checkpoint
 from openllama.config import OpenLlamaConfig
-from openllama.errors import CheckpointError, CorruptCheckpointError, KeyMismatchError
+from openllama.errors import CheckpointError, CorruptCheckpointError, KeyMismatchError, listed
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,16 @@ def verify(
     ``against``: another checkpoint, of either layout, that must have the same bits after a cast to the
     type of this one. Raises a ``CheckpointError`` that names every wrong weight.
     """
-    tensors = _open(path, config)
+    checkpoint = open_checkpoint(path, config)
+    tensors = select(checkpoint.tensors, checkpoint.config).tensors
+    check_sums(checkpoint.files)
     broken = [name for name, tensor in tensors.items() if not all(p.isfinite().all() for p in pieces(tensor))]
     if broken:
-        raise CorruptCheckpointError(f"{path} holds NaN or infinity in {', '.join(broken)}")
+        raise CorruptCheckpointError(f"{path} holds NaN or infinity in {listed(broken)}")
     rounded_to, rounding = None, None
     if against is not None:
-        theirs = _open(against, config)
+        other = open_checkpoint(against, config)
+        theirs = select(other.tensors, other.config).tensors
         rounded_to = _compare(tensors, theirs, path, against)
         rounding = compare(theirs, tensors, str(against), str(path)) if rounded_to else None
     return Verification(
@@ -67,20 +71,13 @@ def verify(
     )
 
 
-def _open(path: str | PathLike[str], config: OpenLlamaConfig | str | PathLike[str] | None) -> dict[str, Tensor]:
-    checkpoint = open_checkpoint(path, config)
-    return select(checkpoint.tensors, checkpoint.config).tensors
-
-
 def _compare(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], path: object, against: object) -> str | None:
     """Raise unless all bits are equal; returns the type that ``theirs`` had to be cast to, if any."""
     if mine.keys() != theirs.keys():
-        raise KeyMismatchError(
-            f"only one of {path} and {against} holds {', '.join(sorted(mine.keys() ^ theirs.keys()))}"
-        )
+        raise KeyMismatchError(f"only one of {path} and {against} holds {listed(sorted(mine.keys() ^ theirs.keys()))}")
     different = [name for name in mine if not is_copy(mine[name], Computed(theirs[name], mine[name].dtype))]
     if different:
-        raise CheckpointError(f"{path} and {against} differ in {', '.join(different)}; `openllama diff` shows how far")
+        raise CheckpointError(f"{path} and {against} differ in {listed(different)}; `openllama diff` shows how far")
     cast = sorted(
         {str(mine[name].dtype).removeprefix("torch.") for name in mine if mine[name].dtype != theirs[name].dtype}
     )

@@ -37,7 +37,13 @@ def load(options: argparse.Namespace) -> tuple[OpenLlamaForCausalLM, OpenLlamaTo
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
     tokenizer = OpenLlamaTokenizer.from_pretrained(options.dir)
-    return _load_model(options.dir, options), tokenizer
+    model = _load_model(options.dir, options)
+    if len(tokenizer) > model.config.vocab_size:
+        raise InputError(
+            f"the tokenizer of {options.dir} has {len(tokenizer)} tokens, the model only {model.config.vocab_size}; "
+            "call model.resize_token_embeddings, or remove tokens from added_tokens.json"
+        )
+    return model, tokenizer
 
 
 def _load_model(folder: Path, options: argparse.Namespace) -> OpenLlamaForCausalLM:

@@ -20,11 +20,11 @@ from openllama.config import (
     number,
     one_of,
     optional,
-    read_json,
     setting,
     write_json,
 )
 from openllama.errors import ConfigError, InputError, OpenLlamaError
+from openllama.files import read_json
 
 GENERATION_CONFIG_FILE = "generation_config.json"
 
@@ -198,7 +198,7 @@ class GenerationConfig(Settings):
     def from_pretrained(cls, folder: str | PathLike[str]) -> GenerationConfig:
         """Read ``generation_config.json`` of a folder."""
         path = Path(folder) / GENERATION_CONFIG_FILE
-        values = read_json(path)
+        values = read_json(path, ConfigError)
         try:
             return cls.from_dict(values)
         except InputError as error:

@@ -19,12 +19,14 @@ from typing import Any
 import sentencepiece
 
 from openllama.errors import TokenizerError
+from openllama.files import read_json, read_limited
 from openllama.tokenizer.vocabulary import ROLES
 
 MODEL_FILE = "tokenizer.model"
 CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
+MAX_MODEL = 2**26  # bytes; the largest tokenizers in use have 5 MB
 
 #: arguments and attributes of the tokenizer that tokenizer_config.json stores, besides the roles
 SETTINGS = ("add_bos_token", "add_eos_token", "clean_up_tokenization_spaces", "legacy", "model_max_length",
@@ -36,14 +38,12 @@ DROPPED = ("vocab_file", "tokenizer_file", "special_tokens_map_file", "name_or_p
 
 def load_model(path: Path, options: Mapping[str, Any]) -> tuple[Any, bytes]:
     """Load a sentencepiece model; returns its processor and the bytes of the file."""
+    content = read_limited(path, MAX_MODEL, TokenizerError)
+    if not content:
+        raise TokenizerError(f"{path} is empty")
     try:
-        content = path.read_bytes()
-        if not content:
-            raise TokenizerError(f"{path} is empty")
         return sentencepiece.SentencePieceProcessor(model_proto=content, **options), content
-    except OSError as error:
-        raise TokenizerError(f"{path} cannot be read: {error.strerror}") from error
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise TokenizerError(f"{path} is not a sentencepiece model: {error}") from error
 
 
@@ -76,12 +76,4 @@ def write_folder(folder: Path, model: bytes, config: Any, special_tokens_map: An
 
 def _read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file; an empty dict if there is no file."""
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TokenizerError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise TokenizerError(f"{path} holds a {type(content).__name__}, not a JSON object")
-    return content
+    return read_json(path, TokenizerError) if path.exists() else {}

@@ -201,13 +201,15 @@ class Vocabulary:
         """Add the tokens of added_tokens.json; raises ``TokenizerError`` if a token would get another id."""
         if wrong := [token for token, number in added.items() if type(number) is not int]:
             raise TokenizerError(f"added token {wrong[0]!r} has the id {added[wrong[0]]!r}, which is not an integer")
+        new: list[str] = []
         for token, number in sorted(added.items(), key=lambda item: item[1]):
             known = self._knows(token)
-            here = self._token_to_id(token) if known else len(self)
+            here = self._token_to_id(token) if known else len(self) + len(new)
             if number != here:
                 would = "is" if known else "would be"
                 raise TokenizerError(
                     f"added_tokens.json gives {token!r} the id {number}; in this vocabulary it {would} {here}"
                 )
             if not known:
-                self.add_tokens(token)
+                new.append(token)
+        self.add_tokens(new)

@@ -1,0 +1,202 @@
+"""The zip archives of ``torch.save``: a table of records, and a pickle that says which tensor lies in which record.
+
+    x/data.pkl         {"a": tensor of 2 x 3 numbers, float32, in storage "0", ...}
+    x/byteorder        little
+    x/data/0           the 24 bytes of a
+
+Other programs write such archives too, and strangers do. So one reader finds the records, torch's unpickler
+(that of ``weights_only=True``, which executes nothing) only reads the pickle, and a storage is exactly its record.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+import struct
+import zipfile
+import zlib
+from collections.abc import Collection
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch._weights_only_unpickler import Unpickler
+
+from openllama.errors import CorruptCheckpointError, UnsafePickleError, listed, warn
+
+MAGIC = b"PK\x03\x04"
+MAX_TABLE = 2**22  # bytes of the table of records: some 50,000 storages
+MAX_PICKLE = 2**22  # bytes of data.pkl: some 30,000 tensors
+CHUNK = 2**20  # bytes summed at a time
+_LOCAL = struct.Struct("<4s2x2H4x3I2H")  # start of a local header: magic, flags, method, CRC, two sizes, two lengths
+_DESCRIPTOR, _UTF8 = 0x8, 0x800  # flags: sizes and CRC follow the data; the name is UTF-8
+_IN_EXTRA = 0xFFFFFFFF  # a size that needs 64 bits
+
+
+@dataclass(frozen=True)
+class Record:
+    """Where the bytes of a record are in the file, and their CRC-32."""
+
+    offset: int
+    size: int
+    crc: int
+
+
+def is_archive(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def read_records(path: Path) -> dict[str, Record]:
+    """The records of an archive by name, without the folder that all are in.
+
+    Raises ``CorruptCheckpointError`` unless each name occurs once and each record is stored as it is, described
+    alike in the table and before its data, and apart from all others.
+    """
+    try:
+        with path.open("rb") as file, zipfile.ZipFile(Limited(file, MAX_TABLE)) as archive:
+            entries = archive.infolist()
+            places = [(entry.header_offset, _data_offset(file, entry)) for entry in entries]
+            end = archive.start_dir
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, ValueError, struct.error) as error:
+        raise CorruptCheckpointError(f"{path} is truncated or damaged: {error}") from error
+    spans = [(start, offset + entry.file_size) for (start, offset), entry in zip(places, entries, strict=True)]
+    if any(after < stop for (_, stop), (after, _) in pairwise([*sorted(spans), (end, end)])):
+        raise CorruptCheckpointError(f"{path} is damaged: its records overlap")
+    records = {
+        entry.filename.partition("/")[2]: Record(offset, entry.file_size, entry.CRC)
+        for (_, offset), entry in zip(places, entries, strict=True)
+    }
+    if len(records) < len(entries) or len({entry.filename.partition("/")[0] for entry in entries}) > 1:
+        raise CorruptCheckpointError(f"{path} is not what torch.save writes: a record is given twice")
+    return records
+
+
+def _data_offset(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
+    """Where the data of an entry of the table begins; raises ValueError if it cannot be mapped."""
+    name = entry.orig_filename
+    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+        raise ValueError(f"{name} was compressed after torch.save wrote it; unpack it first")
+    if entry.flag_bits & ~(_DESCRIPTOR | _UTF8):
+        raise ValueError(f"{name} is encrypted or not plain data (flags {entry.flag_bits:#x})")
+    file.seek(entry.header_offset)
+    magic, flags, method, crc, *sizes, name_length, extra_length = _LOCAL.unpack(file.read(_LOCAL.size))
+    local_name = file.read(name_length).decode("utf-8" if flags & _UTF8 else "cp437")
+    later = (0,) if flags & _DESCRIPTOR else ()
+    if (
+        magic != MAGIC
+        or (flags, method, local_name) != (entry.flag_bits, entry.compress_type, name)
+        or crc not in (entry.CRC, *later)
+        or any(size not in (entry.file_size, _IN_EXTRA, *later) for size in sizes)
+    ):
+        raise ValueError(f"{name} is described in two different ways")
+    return entry.header_offset + _LOCAL.size + name_length + extra_length
+
+
+class Limited(io.RawIOBase):
+    """A file for a parser that believes each length it reads: ``read`` gives ``budget`` bytes in all, then raises."""
+
+    def __init__(self, file: BinaryIO, budget: int) -> None:
+        self.file, self.budget = file, budget
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self.file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def read(self, size: int = -1) -> bytes:
+        return self._paid(self.file.read(self.budget + 1 if size < 0 else min(size, self.budget + 1)))
+
+    def readline(self, size: int | None = -1) -> bytes:
+        return self._paid(self.file.readline(self.budget + 1))
+
+    def readinto(self, buffer: Any) -> int:
+        return self.file.readinto(buffer)  # type: ignore[attr-defined, no-any-return]  # the caller has the memory
+
+    def _paid(self, content: bytes) -> bytes:
+        self.budget -= len(content)
+        if self.budget < 0:
+            raise ValueError("what describes its tensors is too long")
+        return content
+
+
+def load_archive(path: Path, mapping: mmap.mmap) -> tuple[Any, list[torch.UntypedStorage]]:
+    """What an archive holds, and the storages of its tensors, which are parts of ``mapping``, the mapped file.
+
+    Raises any error for a damaged pickle.
+    """
+    records = read_records(path)
+    if "constants.pkl" in records:
+        raise UnsafePickleError(
+            f"{path} is a TorchScript archive, which holds code; save the model's state_dict instead"
+        )
+    if _content(mapping, records, "byteorder", path) == b"big":
+        raise CorruptCheckpointError(f"{path} was written by a big-endian processor; save it again as safetensors")
+    pickled = _content(mapping, records, "data.pkl", path)
+    if pickled is None:
+        raise CorruptCheckpointError(f"{path} is not what torch.save writes: it has no data.pkl")
+    whole = torch.frombuffer(mapping, dtype=torch.uint8).untyped_storage()
+    storages: dict[str, torch.UntypedStorage] = {}
+
+    def storage_of(saved: Any) -> torch.storage.TypedStorage:
+        _, kind, key, _, count = saved  # "storage", its class, its record, its device, its length
+        record = records.get(f"data/{key}")
+        dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
+        if record is None or record.size != count * dtype.itemsize:
+            found = "is missing" if record is None else f"has {record.size} bytes"
+            raise CorruptCheckpointError(f"{path}: record data/{key} {found}, its tensors need {count} of {dtype}")
+        if key not in storages:  # a slice of a storage cannot grow, so no tensor reaches beyond its record
+            storages[key] = whole[record.offset : record.offset + record.size]
+        return torch.storage.TypedStorage(wrap_storage=storages[key], dtype=dtype, _internal=True)
+
+    unpickler = Unpickler(io.BytesIO(pickled), encoding="utf-8")
+    unpickler.persistent_load = storage_of  # type: ignore[attr-defined]
+    return unpickler.load(), list(storages.values())
+
+
+def _content(mapping: mmap.mmap, records: dict[str, Record], name: str, path: Path) -> bytes | None:
+    """The bytes of a small record, checked; None if there is none."""
+    record = records.get(name)
+    if record is None:
+        return None
+    if record.size > MAX_PICKLE:
+        raise CorruptCheckpointError(f"{path}: {name} has {record.size:,} bytes, at most {MAX_PICKLE:,} are read")
+    content = mapping[record.offset : record.offset + record.size]
+    if record.crc not in (0, zlib.crc32(content)):  # 0: torch.save was told not to compute sums
+        raise CorruptCheckpointError(f"{path}: {name} is damaged: its bytes do not have the CRC-32 of the archive")
+    return content
+
+
+def check_sums(files: Collection[Path]) -> None:
+    """Read all archives of ``torch.save`` among ``files``; raise ``CorruptCheckpointError`` if a CRC-32 is wrong.
+
+    One flipped bit is found. Memory: ``CHUNK`` bytes; time: that of reading the files once, and 0.5 s per GB for the
+    sums. Safetensors and torch's format from before 1.6 hold no sums.
+    """
+    for path in files:
+        if not is_archive(path):
+            continue
+        records = read_records(path)
+        if not any(record.crc for record in records.values()):
+            warn(f"{path} holds no checksums (torch.save was told not to compute them); damage to it cannot be seen")
+            continue
+        with path.open("rb") as file:
+            wrong = [name for name, record in records.items() if _sum(file, record) != record.crc]
+        if wrong:
+            raise CorruptCheckpointError(
+                f"{path} is damaged: the CRC-32 of {listed(wrong)} does not match; copy it again"
+            )
+
+
+def _sum(file: BinaryIO, record: Record) -> int:
+    file.seek(record.offset)
+    total = 0
+    for done in range(0, record.size, CHUNK):
+        total = zlib.crc32(file.read(min(CHUNK, record.size - done)), total)
+    return total
