@@ -118,7 +118,7 @@ def test_plain_llama_becomes_an_open_llama(tmp_path: Path) -> None:
     (tmp_path / "llama" / "config.json").write_text(json.dumps(values))
     run(tmp_path / "llama", tmp_path / "native")
     written = json.loads((tmp_path / "native" / "config.json").read_text())
-    assert (written["model_type"], written["architectures"]) == ("open-llama", ["OpenLlamaForCausalLM"])
+    assert (written["model_type"], written["architectures"]) == ("openllama-native", ["OpenLlamaForCausalLM"])
     assert_same_tensors(open_checkpoint(tmp_path / "native").tensors, native_weights(config))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from openllama.checkpoint.files import DTYPES, open_file
 from openllama.checkpoint.pieces import Computed, Source, Tick, as_bytes, is_copy, pieces
 from openllama.checkpoint.reader import ALIGNMENT, SAFETENSORS_FILE, SAFETENSORS_INDEX
-from openllama.config import CONFIG_FILE
+from openllama.config import CONFIG_FILE, NATIVE_TYPE
 from openllama.errors import CheckpointError, CorruptCheckpointError, InputError
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -56,12 +56,15 @@ def write_weights(
     tensors: Mapping[str, Source],
     *,
     max_shard_size: int | str = "5GB",
+    file_format: str = NATIVE_TYPE,
     tick: Tick = lambda done: None,
 ) -> None:
     """Write ``tensors`` into ``folder``, then read and compare every byte.
 
-    ``tick`` is called with the bytes of each piece written and of each piece compared. Raises ``OSError``
-    if the disk is full, ``CheckpointError`` if a number does not fit the type it is cast to.
+    ``tick`` is called with the bytes of each piece written and of each piece compared. ``file_format`` is
+    stored in the header: transformers reads "pt" alone, and would give weights whose names it does not
+    know random values. Raises ``OSError`` if the disk is full, ``CheckpointError`` if a number does not
+    fit the type it is cast to.
     """
     shards = plan_shards(tensors, parse_size(max_shard_size))
     total = sum(tensor.nbytes for tensor in tensors.values())
@@ -70,7 +73,7 @@ def write_weights(
         raise OSError(errno.ENOSPC, needed, str(folder))
     for file, names in shards.items():
         try:
-            _write_file(folder / file, {name: tensors[name] for name in names}, tick)
+            _write_file(folder / file, {name: tensors[name] for name in names}, tick, file_format)
         except OSError as error:
             error.filename = error.filename or str(folder / file)  # a failed write does not name its file
             raise
@@ -82,13 +85,13 @@ def write_weights(
         _compare_file(folder / file, {name: tensors[name] for name in names}, tick)
 
 
-def _write_file(path: Path, tensors: Mapping[str, Source], tick: Tick) -> None:
+def _write_file(path: Path, tensors: Mapping[str, Source], tick: Tick, file_format: str) -> None:
     """Write one safetensors file; the disk has it when this returns."""
     # There are no gaps between tensors. In this order each offset is a multiple of the largest power of two that
     # divides the tensor's size, up to ALIGNMENT, and therefore of its element size.
     names = sorted(tensors, key=lambda name: -math.gcd(tensors[name].nbytes, ALIGNMENT))
     with path.open("wb") as file:
-        file.write(_header({name: tensors[name] for name in names}))
+        file.write(_header({name: tensors[name] for name in names}, file_format))
         for name in names:
             for piece in pieces(tensors[name]):
                 if isinstance(tensors[name], Computed) and piece.dtype == torch.float16 and piece.isinf().any():
@@ -99,9 +102,9 @@ def _write_file(path: Path, tensors: Mapping[str, Source], tick: Tick) -> None:
         os.fsync(file.fileno())
 
 
-def _header(tensors: Mapping[str, Source]) -> bytes:
+def _header(tensors: Mapping[str, Source], file_format: str) -> bytes:
     """The start of the file: the header's length, the header, spaces up to a multiple of ``ALIGNMENT``."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, object] = {"__metadata__": {"format": file_format}}
     end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes
