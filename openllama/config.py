@@ -254,6 +254,11 @@ class OpenLlamaConfig(Settings):
         """Row of the embedding table that is padding; a negative id counts from the end."""
         return None if self.pad_token_id is None else self.pad_token_id % self.vocab_size
 
+    @property
+    def use_return_dict(self) -> bool:
+        """``return_dict`` by the name that peft's classifiers ask for."""
+        return self.return_dict
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, as config.json holds it: unknown keys beside the fields, ``model_type`` among them."""
         values = dataclasses.asdict(self)  # copies what can change

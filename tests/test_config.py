@@ -267,7 +267,7 @@ def test_a_llama_of_another_architecture_is_refused(more: dict[str, Any], said: 
 
 @pytest.mark.parametrize("model_type", ["mistral", "gpt2", "", None, 3])
 def test_another_model_type_is_refused(model_type: Any) -> None:
-    with pytest.raises(ConfigError, match=r"model_type .* is not supported; this package reads 'open-llama', .*'llama'") as caught:
+    with pytest.raises(ConfigError, match=r"model_type .* is not supported; .*'open-llama', .*'llama'") as caught:
         OpenLlamaConfig.from_dict({"model_type": model_type})
     assert repr(model_type) in str(caught.value)
 

@@ -1,5 +1,6 @@
 """Checkpoints on disk: names of weights, reading, writing, converting, verifying."""
 
+from openllama.checkpoint.adapters import convert_adapter
 from openllama.checkpoint.convert import convert
 from openllama.checkpoint.names import expected_shapes, hf_to_native, native_to_hf
 from openllama.checkpoint.reader import Checkpoint, open_checkpoint
@@ -10,6 +11,7 @@ __all__ = [
     "Inspection",
     "Verification",
     "convert",
+    "convert_adapter",
     "expected_shapes",
     "hf_to_native",
     "inspect",

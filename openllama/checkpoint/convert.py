@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from openllama.checkpoint.adapters import convert_adapter, is_adapter
 from openllama.checkpoint.folders import check_destination, finished_folder
 from openllama.checkpoint.names import floating_dtype, select
 from openllama.checkpoint.pieces import cast
@@ -38,12 +39,16 @@ def convert(
 ) -> None:
     """Write the checkpoint ``src`` (folder, or file of weights) to the folder ``dst`` in native layout.
 
+    A folder with an adapter of peft alone is written as an adapter of this package's model.
+
     ``config`` replaces the config.json of ``src``. ``dtype`` (e.g. "bfloat16") casts the weights; None
     keeps every bit. The files of the tokenizer and of the generation config are copied. Tensors are
     processed in pieces, so memory use does not grow with the model. The result is compared with the
     source before it appears as ``dst``; after an error ``dst`` is unchanged. Raises ``CheckpointError``
     or a subclass of it, ``ConfigError``, or ``OSError`` if the disk is full.
     """
+    if is_adapter(Path(src)):
+        return convert_adapter(src, dst, dtype=dtype, overwrite=overwrite)
     src, dst, dtype = Path(src), Path(dst), floating_dtype(dtype)
     _check_places(src, dst, overwrite)
     source = open_checkpoint(src, config)

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from openllama.checkpoint.adapters import is_adapter
 from openllama.checkpoint.files import Format, format_of, open_file, unique_keys
 from openllama.config import CONFIG_FILE, OpenLlamaConfig
 from openllama.errors import (
@@ -57,6 +58,11 @@ def open_checkpoint(
     if not path.exists():
         raise CheckpointNotFoundError(f"{path}: no such file or folder; checkpoints are read from local disk only")
     folder = path if path.is_dir() else path.parent
+    if config is None and is_adapter(folder):
+        raise CheckpointNotFoundError(
+            f"{folder} is an adapter, not a model: load the model it was trained on, then "
+            "peft.PeftModel.from_pretrained(model, folder); `openllama convert` renames one of transformers' model"
+        )
     if config is None and not (folder / CONFIG_FILE).is_file():
         raise CheckpointNotFoundError(f"{folder} has no {CONFIG_FILE}; put it there, or pass config (--config)")
     if not isinstance(config, OpenLlamaConfig):

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from openllama.checkpoint import convert, inspect, verify
+from openllama.checkpoint.adapters import is_adapter
 from openllama.cli.common import DTYPES, Commands
 
 
@@ -38,4 +39,4 @@ def _convert(options: argparse.Namespace) -> None:
         max_shard_size=options.max_shard_size,
         overwrite=options.overwrite,
     )
-    print(f"{options.dst}: {inspect(options.dst)}")
+    print(f"{options.dst}: {'an adapter' if is_adapter(options.dst) else inspect(options.dst)}")
