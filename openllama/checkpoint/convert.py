@@ -14,6 +14,7 @@ from openllama.checkpoint.folders import check_destination, finished_folder
 from openllama.checkpoint.names import floating_dtype, select
 from openllama.checkpoint.pieces import cast
 from openllama.checkpoint.reader import open_checkpoint
+from openllama.checkpoint.reports import Nonfinite, check_tokenizer
 from openllama.checkpoint.writer import OURS, write_weights
 from openllama.config import CONFIG_FILE, OpenLlamaConfig
 from openllama.errors import DestinationExistsError
@@ -52,7 +53,8 @@ def convert(
     src, dst, dtype = Path(src), Path(dst), floating_dtype(dtype)
     _check_places(src, dst, overwrite)
     source = open_checkpoint(src, config)
-    weights = select(source.tensors, source.config)
+    weights, nonfinite = select(source.tensors, source.config), Nonfinite()
+    check_tokenizer(source.folder, source.config.vocab_size)
     tensors = cast(weights.named_as_found(), dtype)
     total = sum(tensor.nbytes for tensor in tensors.values())
     with (
@@ -63,7 +65,8 @@ def convert(
         for name in COPIED:
             if (source.folder / name).is_file():
                 shutil.copyfile(source.folder / name, folder / name)
-        write_weights(folder, tensors, max_shard_size=max_shard_size, tick=bar.update)
+        write_weights(folder, tensors, max_shard_size=max_shard_size, tick=bar.update, look=nonfinite.look)
+    nonfinite.warn()
 
 
 def _check_places(src: Path, dst: Path, overwrite: bool) -> None:

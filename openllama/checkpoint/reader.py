@@ -24,6 +24,7 @@ from openllama.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
     KeyMismatchError,
+    warn,
 )
 
 SAFETENSORS_FILE, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -90,9 +91,10 @@ def aligned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _find_weights(folder: Path) -> Path:
-    for name in SEARCHED:
-        if (folder / name).is_file():
-            return folder / name
+    if found := [name for name in SEARCHED if (folder / name).is_file()]:
+        if len(found) > 1:
+            warn(f"{folder} has {' and '.join(found)}: only {found[0]} is read")
+        return folder / found[0]
     others = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth"))
     hint = f"; it has {', '.join(others)}: pass the file itself, or add the missing index" if others else ""
     raise CheckpointNotFoundError(f"{folder} holds none of {', '.join(SEARCHED)}{hint}")

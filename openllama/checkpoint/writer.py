@@ -9,8 +9,9 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from openllama.errors import CheckpointError, CorruptCheckpointError, InputError
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 OURS = (CONFIG_FILE, SAFETENSORS_FILE, SAFETENSORS_INDEX, "model-?????-of-?????.safetensors")
+Look: TypeAlias = "Callable[[str, Tensor], object]"  # called with a weight's name and a piece of it
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 
@@ -58,13 +60,14 @@ def write_weights(
     max_shard_size: int | str = "5GB",
     file_format: str = NATIVE_TYPE,
     tick: Tick = lambda done: None,
+    look: Look = lambda name, piece: None,
 ) -> None:
     """Write ``tensors`` into ``folder``, then read and compare every byte.
 
-    ``tick`` is called with the bytes of each piece written and of each piece compared. ``file_format`` is
-    stored in the header: transformers reads "pt" alone, and would give weights whose names it does not
-    know random values. Raises ``OSError`` if the disk is full, ``CheckpointError`` if a number does not
-    fit the type it is cast to.
+    ``tick`` is called with the bytes of each piece written and of each piece compared, ``look`` with each piece before
+    it is written. ``file_format`` is stored in the header: transformers reads "pt" alone, and would give weights whose
+    names it does not know random values. Raises ``OSError`` if the disk is full, ``CheckpointError`` if a number does
+    not fit the type it is cast to.
     """
     shards = plan_shards(tensors, parse_size(max_shard_size))
     total = sum(tensor.nbytes for tensor in tensors.values())
@@ -73,7 +76,7 @@ def write_weights(
         raise OSError(errno.ENOSPC, needed, str(folder))
     for file, names in shards.items():
         try:
-            _write_file(folder / file, {name: tensors[name] for name in names}, tick, file_format)
+            _write_file(folder / file, {name: tensors[name] for name in names}, tick, file_format, look)
         except OSError as error:
             error.filename = error.filename or str(folder / file)  # a failed write does not name its file
             raise
@@ -85,7 +88,7 @@ def write_weights(
         _compare_file(folder / file, {name: tensors[name] for name in names}, tick)
 
 
-def _write_file(path: Path, tensors: Mapping[str, Source], tick: Tick, file_format: str) -> None:
+def _write_file(path: Path, tensors: Mapping[str, Source], tick: Tick, file_format: str, look: Look) -> None:
     """Write one safetensors file; the disk has it when this returns."""
     # There are no gaps between tensors. In this order each offset is a multiple of the largest power of two that
     # divides the tensor's size, up to ALIGNMENT, and therefore of its element size.
@@ -96,6 +99,7 @@ def _write_file(path: Path, tensors: Mapping[str, Source], tick: Tick, file_form
             for piece in pieces(tensors[name]):
                 if isinstance(tensors[name], Computed) and piece.dtype == torch.float16 and piece.isinf().any():
                     raise CheckpointError(f"{name} holds numbers too large for float16 (above 65504); use bfloat16")
+                look(name, piece)
                 file.write(_raw(piece))
                 tick(piece.nbytes)
         file.flush()

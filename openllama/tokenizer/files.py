@@ -40,6 +40,8 @@ def load_model(path: Path, options: Mapping[str, Any]) -> tuple[Any, bytes]:
         content = path.read_bytes()
         if not content:
             raise TokenizerError(f"{path} is empty")
+        if content.startswith(b"version https://git-lfs"):
+            raise TokenizerError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull`")
         return sentencepiece.SentencePieceProcessor(model_proto=content, **options), content
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read: {error.strerror}") from error
