@@ -29,6 +29,8 @@ T = TypeVar("T")
 Rule = Callable[[Any], Any]  # returns a value as it is to be kept; raises ValueError with the words after "must be"
 
 MODEL_TYPE = "open-llama"
+NATIVE_TYPE = "openllama-native"  # of folders in native layout: no other program may take them for its own
+MISSPELT_TYPES = ("open_llama", "openllama", "OpenLlama")
 CONFIG_FILE = "config.json"
 MAX_INTEGER = 2**63 - 1  # what torch takes
 MAX_NUMBER = sys.float_info.max
@@ -251,28 +253,35 @@ class OpenLlamaConfig(Settings):
         """Row of the embedding table that is padding; a negative id counts from the end."""
         return None if self.pad_token_id is None else self.pad_token_id % self.vocab_size
 
+    @property
+    def use_return_dict(self) -> bool:
+        """``return_dict`` by the name that peft's classifiers ask for."""
+        return self.return_dict
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, as config.json holds it: unknown keys beside the fields, ``model_type`` among them."""
         values = dataclasses.asdict(self)  # copies what can change
         extra = values.pop("extra")
         if len(extra.get("id2label") or ()) != self.num_labels:  # names of other classes
             extra = {key: value for key, value in extra.items() if key not in ("id2label", "label2id")}
-        return {**extra, **values, "model_type": MODEL_TYPE}
+        return {"model_type": MODEL_TYPE, **extra, **values}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], **overrides: Any) -> OpenLlamaConfig:
         """Read what ``to_dict`` or transformers wrote; ``overrides`` replace fields by name.
 
         Unknown keys end in ``extra``; an override that is no field raises ``ConfigError``, and so
-        does a ``model_type`` that is neither "open-llama" nor a "llama" of the same architecture.
+        does a ``model_type`` other than "open-llama", "openllama-native" or a "llama" of the same architecture.
         """
         values = dict(values)
         model_type = values.pop("model_type", MODEL_TYPE)
         if model_type == "llama":
             values = _from_llama(values)
-        elif model_type != MODEL_TYPE:
+        elif model_type not in (MODEL_TYPE, NATIVE_TYPE):
+            hint = f"; write it as {MODEL_TYPE!r}" if model_type in MISSPELT_TYPES else ""
             raise ConfigError(
-                f"model_type {model_type!r} is not supported; this package reads {MODEL_TYPE!r} and 'llama'"
+                f"model_type {model_type!r} is not supported{hint}; "
+                f"this package reads {MODEL_TYPE!r}, {NATIVE_TYPE!r} and 'llama'"
             )
         misspelt = "use_memorry_efficient_attention"  # early checkpoints have it, and HF lets it win
         if misspelt in values:

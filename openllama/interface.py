@@ -24,7 +24,7 @@ from openllama.generation.state import prepare_inputs_for_generation
 from openllama.losses import causal_lm_loss, chunked_causal_lm_loss, classification_loss
 from openllama.model import CausalLM, Decoder, Inputs, init_weights
 from openllama.outputs import BaseModelOutput, CausalLMOutput, SequenceClassifierOutput
-from openllama.pretrained import PretrainedModel
+from openllama.pretrained import PretrainedModel, warn_of_unmatched_adapter
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -41,6 +41,7 @@ class OpenLlamaModel(PretrainedModel, Decoder):
 
     def __init__(self, config: OpenLlamaConfig, attn_implementation: str | None = None) -> None:
         super().__init__(config)
+        self.register_load_state_dict_post_hook(warn_of_unmatched_adapter)
         self.gradient_checkpointing = False
         self.checkpoint_arguments: dict[str, Any] = {}
         self.set_attn_implementation(attn_implementation)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from openllama.attention import check_backend
+from openllama.checkpoint.adapters import ADAPTER_PREFIX
 from openllama.checkpoint.folders import check_destination, finished_folder
 from openllama.checkpoint.names import EMBEDDING, LM_HEAD, PREFIX, SCORE, Head, Weights, floating_dtype, select
 from openllama.checkpoint.reader import aligned, open_checkpoint
@@ -234,3 +235,13 @@ class PretrainedModel(nn.Module):
 
 def _require_grad(module: nn.Module, arguments: Any, output: Tensor) -> None:
     output.requires_grad_(True)
+
+
+def warn_of_unmatched_adapter(model: nn.Module, keys: Any) -> None:
+    """Say which weights of an adapter found no module when peft loaded it, as it ignores them in silence."""
+    unmatched = [name for name in keys.unexpected_keys if name.startswith(ADAPTER_PREFIX)]
+    if unmatched:
+        warn(
+            f"{len(unmatched)} weights of an adapter match no module of this model and change nothing, such as "
+            f"{unmatched[0]}; `openllama convert` renames adapters that were trained on transformers' model"
+        )

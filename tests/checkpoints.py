@@ -84,9 +84,13 @@ def shift_data(path: Path, offset: int) -> None:
 def edit_index(folder: Path, change: Any) -> None:
     """Apply ``change`` to the weight map of the folder's index."""
     (index,) = folder.glob("*.index.json")
-    content = json.loads(index.read_text())
-    change(content["weight_map"])
-    index.write_text(json.dumps(content))
+    edit_json(index, lambda content: change(content["weight_map"]))
+
+
+def edit_json(path: Path, change: Any) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
 
 
 def assert_same_tensors(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

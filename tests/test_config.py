@@ -267,9 +267,14 @@ def test_a_llama_of_another_architecture_is_refused(more: dict[str, Any], said: 
 
 @pytest.mark.parametrize("model_type", ["mistral", "gpt2", "", None, 3])
 def test_another_model_type_is_refused(model_type: Any) -> None:
-    with pytest.raises(ConfigError, match=r"model_type .* is not supported.*'open-llama' and 'llama'") as caught:
+    with pytest.raises(ConfigError, match=r"model_type .* is not supported; .*'open-llama', .*'llama'") as caught:
         OpenLlamaConfig.from_dict({"model_type": model_type})
     assert repr(model_type) in str(caught.value)
+
+
+def test_other_spellings_of_the_model_type_are_corrected() -> None:
+    with pytest.raises(ConfigError, match="'open_llama' is not supported; write it as 'open-llama'"):
+        OpenLlamaConfig.from_dict({"model_type": "open_llama"})
 
 
 # --- files ---

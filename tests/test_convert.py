@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from openllama.errors import (
     CorruptCheckpointError,
     DestinationExistsError,
     KeyMismatchError,
+    TokenizerError,
 )
 from tests.checkpoints import (
     FORMS,
@@ -39,15 +41,24 @@ from tests.checkpoints import (
 )
 from tests.draw import examples
 from tests.parity.draws import configs
+from tests.sentencepieces import trained
 
 CONFIG = tiny_config(extra={"torch_dtype": "float16", "transformers_version": "4.31.0"})
+TOKENIZER = trained("no bytes", model_type="word", vocab_size=12)
+CONTENTS = {
+    "tokenizer_config.json": '{"add_bos_token": false}',
+    "special_tokens_map.json": '{"eos_token": "</s>"}',
+    "added_tokens.json": '{"<|user|>": 12}',
+    "generation_config.json": '{"max_length": 7}',
+}
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     folder = write_checkpoint(tmp_path / "source", hf_weights(CONFIG), CONFIG)
-    for name in COPIED:
-        (folder / name).write_text(f"content of {name}")
+    (folder / "tokenizer.model").write_bytes(TOKENIZER)
+    for name, content in CONTENTS.items():
+        (folder / name).write_text(content)
     (folder / "README.md").write_text("not copied")
     return folder
 
@@ -84,7 +95,7 @@ def test_what_comes_along(source: Path, tmp_path: Path) -> None:
     run(source, tmp_path / "native")
     assert {path.name for path in (tmp_path / "native").iterdir()} == {"config.json", "model.safetensors", *COPIED}
     for name in COPIED:
-        assert (tmp_path / "native" / name).read_text() == f"content of {name}"
+        assert (tmp_path / "native" / name).read_bytes() == (source / name).read_bytes()
     values = json.loads((tmp_path / "native" / "config.json").read_text())
     assert values["torch_dtype"] == "float32"  # what the weights are, whatever the source's config said
     assert values["architectures"] == ["OpenLlamaForCausalLM"]
@@ -118,7 +129,7 @@ def test_plain_llama_becomes_an_open_llama(tmp_path: Path) -> None:
     (tmp_path / "llama" / "config.json").write_text(json.dumps(values))
     run(tmp_path / "llama", tmp_path / "native")
     written = json.loads((tmp_path / "native" / "config.json").read_text())
-    assert (written["model_type"], written["architectures"]) == ("open-llama", ["OpenLlamaForCausalLM"])
+    assert (written["model_type"], written["architectures"]) == ("openllama-native", ["OpenLlamaForCausalLM"])
     assert_same_tensors(open_checkpoint(tmp_path / "native").tensors, native_weights(config))
 
 
@@ -127,6 +138,69 @@ def test_tied_head_is_written_once(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "source", hf_weights(config), config)
     run(tmp_path / "source", tmp_path / "native")
     assert_same_tensors(load_file(tmp_path / "native" / "model.safetensors"), native_weights(config))
+
+
+# ---- what is said
+
+
+def test_an_ordinary_conversion_says_nothing(source: Path, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(source, tmp_path / "native")
+
+
+def test_two_formats_in_one_folder(source: Path, tmp_path: Path) -> None:
+    other = native_weights(CONFIG, seed=1)
+    write_checkpoint(source, other, CONFIG, "one safetensors")
+    with pytest.warns(UserWarning, match=r"model\.safetensors and pytorch_model\.bin: only model\.safetensors is read"):
+        run(source, tmp_path / "native")
+    assert_same_tensors(load_file(tmp_path / "native" / "model.safetensors"), other)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+@pytest.mark.parametrize("cast", [None, "bfloat16", "float64"])
+def test_nan_and_infinity_in_the_source(tmp_path: Path, dtype: str, cast: Any) -> None:
+    weights = {name: tensor.to(getattr(torch, dtype)) for name, tensor in native_weights(CONFIG).items()}
+    weights["model.layers.0.mlp.up_proj.weight"][3, 2] = float("nan")
+    weights["model.norm.weight"][1:3] = torch.tensor([float("inf"), float("-inf")])
+    write_checkpoint(tmp_path / "source", weights, CONFIG)
+    named = r"NaN or infinity.*: model\.layers\.0\.mlp\.up_proj\.weight \(1\), model\.norm\.weight \(2\)$"
+    with pytest.warns(UserWarning, match=named) as caught:
+        run(tmp_path / "source", tmp_path / "native", dtype=cast)
+    assert len(caught) == 1
+
+
+def test_large_numbers_are_not_infinite(tmp_path: Path) -> None:
+    weights = native_weights(CONFIG)
+    weights["model.layers.0.mlp.up_proj.weight"].fill_(3e38)  # their sum is
+    write_checkpoint(tmp_path / "source", weights, CONFIG)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(tmp_path / "source", tmp_path / "native")
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b"", "is empty"),
+    (TOKENIZER[:100], "is not a sentencepiece model"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer.*git lfs pull"),
+])  # fmt: skip
+def test_a_broken_tokenizer_is_refused_before_work(source: Path, tmp_path: Path, content: bytes, message: str) -> None:
+    (source / "tokenizer.model").write_bytes(content)
+    with pytest.raises(TokenizerError, match=rf"{message}.*remove its files"):
+        run(source, tmp_path / "native")
+    assert not (tmp_path / "native").exists()
+
+
+def test_a_tokenizer_that_is_not_sentencepiece_s(source: Path, tmp_path: Path) -> None:
+    (source / "tokenizer.model").rename(source / "tokenizer.json")
+    with pytest.warns(UserWarning, match=r"has tokenizer\.json but no tokenizer\.model: the result has no tokenizer"):
+        run(source, tmp_path / "native")
+
+
+def test_a_tokenizer_larger_than_the_vocabulary(source: Path, tmp_path: Path) -> None:
+    (source / "added_tokens.json").write_text('{"<|user|>": 12, "<|system|>": 13}')
+    with pytest.warns(UserWarning, match=r"has 14 tokens, the model only 13 rows"):
+        run(source, tmp_path / "native")
 
 
 # ---- refusals

@@ -76,7 +76,7 @@ def test_the_safetensors_library_reads_what_is_written(tmp_path: Path, tensors, 
     torch.testing.assert_close(read, tensors, rtol=0, atol=0, equal_nan=True)
     total = sum(tensor.nbytes for tensor in tensors.values())
     assert done.nbytes == {"write": total, "compare": total}
-    assert all(safe_open(file, "pt").metadata() == {"format": "pt"} for file in files)
+    assert all(safe_open(file, "pt").metadata() == {"format": "openllama-native"} for file in files)
     if len(files) == 1:
         assert [path.name for path in folder.iterdir()] == ["model.safetensors"]
     else:

@@ -1,5 +1,6 @@
 """Checkpoints on disk: names of weights, reading, writing, converting, verifying, comparing."""
 
+from openllama.checkpoint.adapters import convert_adapter
 from openllama.checkpoint.compare import Comparison, diff
 from openllama.checkpoint.contents import Inspection, inspect
 from openllama.checkpoint.convert import convert
@@ -13,6 +14,7 @@ __all__ = [
     "Inspection",
     "Verification",
     "convert",
+    "convert_adapter",
     "diff",
     "expected_shapes",
     "hf_to_native",

@@ -9,12 +9,14 @@ from pathlib import Path
 import torch
 
 import openllama
+from openllama.checkpoint.adapters import convert_adapter, is_adapter
 from openllama.checkpoint.archives import check_sums
 from openllama.checkpoint.folders import check_destination, contents, finished_folder, remains
 from openllama.checkpoint.names import floating_dtype, select
 from openllama.checkpoint.pieces import cast
 from openllama.checkpoint.progress import ShownProgress
 from openllama.checkpoint.reader import open_checkpoint
+from openllama.checkpoint.reports import Nonfinite, check_tokenizer
 from openllama.checkpoint.source import SourceFiles
 from openllama.checkpoint.writer import OURS, Resume, write_weights
 from openllama.config import CONFIG_FILE, OpenLlamaConfig
@@ -42,16 +44,21 @@ def convert(
 ) -> None:
     """Write the checkpoint ``src`` (folder, or file of weights) to the folder ``dst`` in native layout.
 
+    A folder with an adapter of peft alone is written as an adapter of this package's model.
+
     ``config`` replaces the config.json of ``src``. ``dtype`` (e.g. "bfloat16") casts the weights; None
     keeps every bit. The files of the tokenizer and of the generation config are copied. Tensors are
     processed in pieces, so memory use does not grow with the model. The result is compared with the
     source before it appears as ``dst``; after an error ``dst`` is unchanged. Raises ``CheckpointError``
     or a subclass of it, ``ConfigError``, or ``OSError`` if the disk is full.
     """
+    if is_adapter(Path(src)):
+        return convert_adapter(src, dst, dtype=dtype, overwrite=overwrite)
     src, dst, dtype = Path(src), Path(dst), floating_dtype(dtype)
     _check_places(src, dst, overwrite)
     source = open_checkpoint(src, config)
-    weights = select(source.tensors, source.config)
+    weights, nonfinite = select(source.tensors, source.config), Nonfinite()
+    check_tokenizer(source.folder, source.config.vocab_size)
     check_sums(source.files)
     tensors = cast(weights.named_as_found(), dtype)
     total = sum(tensor.nbytes for tensor in tensors.values())
@@ -66,9 +73,11 @@ def convert(
             max_shard_size=max_shard_size,
             progress=ShownProgress(total) if progress else None,
             read=files.read,
+            look=nonfinite.look,
             resume=Resume(folder.parent / RECORD, _made_from(files, source.config, dtype)),
         )
         files.check_unchanged()
+    nonfinite.warn()
 
 
 def _made_from(files: SourceFiles, config: OpenLlamaConfig, dtype: torch.dtype | None) -> dict[str, object]:

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from openllama.config import OpenLlamaConfig
+from openllama.config import NATIVE_TYPE, OpenLlamaConfig
 from openllama.errors import ConfigError, KeyMismatchError, listed, warn
 from openllama.model import CausalLM
 from openllama.rope import frequencies
@@ -107,9 +107,12 @@ class Weights:
         return reduce(torch.promote_types, {tensor.dtype for tensor in self.tensors.values()})
 
     def described_by(self, config: OpenLlamaConfig, dtype: torch.dtype | None = None) -> OpenLlamaConfig:
-        """``config`` with ``architectures`` and ``torch_dtype`` of these weights; ``dtype``: the type after a cast."""
+        """``config`` as a folder in native layout says it, with ``architectures`` and ``torch_dtype`` of these weights.
+
+        ``dtype``: the type after a cast.
+        """
         name = str(dtype or self.dtype).removeprefix("torch.")
-        about = {"architectures": [ARCHITECTURES[self.head]], "torch_dtype": name}
+        about = {"model_type": NATIVE_TYPE, "architectures": [ARCHITECTURES[self.head]], "torch_dtype": name}
         return dataclasses.replace(config, extra={**config.extra, **about})
 
 

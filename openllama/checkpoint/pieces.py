@@ -82,6 +82,14 @@ def is_copy(copy: Tensor, original: Source, tick: Tick = lambda done: None) -> b
     return True
 
 
+def count_nonfinite(piece: Tensor) -> int:
+    """How many numbers of a piece are NaN or infinite."""
+    # Fast where there are none: a sum with one of them is not finite. A finite piece may overflow, so then count.
+    if not piece.is_floating_point() or piece.sum(dtype=torch.promote_types(piece.dtype, torch.float32)).isfinite():
+        return 0
+    return piece.numel() - int(piece.isfinite().sum())
+
+
 def as_bytes(piece: Tensor) -> Tensor:
     """The bytes of a contiguous tensor, with a last dimension for those of one number."""
     # view needs a last stride of 1: a new dimension has it, an old one may not.

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from openllama.checkpoint.adapters import is_adapter
 from openllama.checkpoint.files import Format, format_of, open_file
 from openllama.checkpoint.folders import check_whole
 from openllama.checkpoint.names import check_layers
@@ -25,6 +26,7 @@ from openllama.errors import (
     CorruptCheckpointError,
     KeyMismatchError,
     listed,
+    warn,
 )
 from openllama.files import read_json
 
@@ -61,6 +63,11 @@ def open_checkpoint(
         raise CheckpointNotFoundError(f"{path}: no such file or folder; checkpoints are read from local disk only")
     folder = path if path.is_dir() else path.parent
     check_whole(folder)
+    if config is None and is_adapter(folder):
+        raise CheckpointNotFoundError(
+            f"{folder} is an adapter, not a model: load the model it was trained on, then "
+            "peft.PeftModel.from_pretrained(model, folder); `openllama convert` renames one of transformers' model"
+        )
     if config is None and not (folder / CONFIG_FILE).is_file():
         raise CheckpointNotFoundError(f"{folder} has no {CONFIG_FILE}; put it there, or pass config (--config)")
     if not isinstance(config, OpenLlamaConfig):
@@ -89,9 +96,10 @@ def aligned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _find_weights(folder: Path) -> Path:
-    for name in SEARCHED:
-        if (folder / name).is_file():
-            return folder / name
+    if found := [name for name in SEARCHED if (folder / name).is_file()]:
+        if len(found) > 1:
+            warn(f"{folder} has {' and '.join(found)}: only {found[0]} is read")
+        return folder / found[0]
     others = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth"))
     hint = f"; it has {listed(others)}: pass the file itself, or add the missing index" if others else ""
     raise CheckpointNotFoundError(f"{folder} holds none of {', '.join(SEARCHED)}{hint}")

@@ -31,7 +31,7 @@ from openllama.checkpoint.folders import write_whole
 from openllama.checkpoint.pieces import Computed, Source, ahead, as_bytes, pieces
 from openllama.checkpoint.progress import Progress
 from openllama.checkpoint.reader import ALIGNMENT, SAFETENSORS_FILE, SAFETENSORS_INDEX
-from openllama.config import CONFIG_FILE
+from openllama.config import CONFIG_FILE, NATIVE_TYPE
 from openllama.errors import CheckpointError, CorruptCheckpointError, InputError
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -39,6 +39,7 @@ OURS = (CONFIG_FILE, SAFETENSORS_FILE, SAFETENSORS_INDEX, "model-?????-of-?????.
 Sums: TypeAlias = "dict[str, str]"  # of tensors by name, in hexadecimal
 CHUNK = 2**23  # bytes that are read back at once
 SYNCED = 2**27  # bytes after which the disk is made to write
+Look: TypeAlias = "Callable[[str, Tensor], object]"  # called with a weight's name and a piece of it
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 
@@ -94,12 +95,17 @@ def write_weights(
     max_shard_size: int | str = "5GB",
     progress: Progress | None = None,
     read: Callable[[Tensor], Tensor] = lambda part: part,
+    look: Look = lambda name, piece: None,
+    file_format: str = NATIVE_TYPE,
     resume: Resume | None = None,
 ) -> Sums:
     """Write ``tensors`` into ``folder``; each file is read back from the disk and compared before the next is begun.
 
-    Returns the SHA-256 of each tensor's bytes. ``read`` gives the numbers of a part of a tensor. With ``resume``,
-    files in ``folder`` that the record names are compared with it and kept, and other files of weights are removed.
+    Returns the SHA-256 of each tensor's bytes. ``read`` gives the numbers of a part of a tensor; ``look`` is called
+    with each piece before it is written. ``file_format`` is stored in the header: transformers reads "pt" alone, and
+    would give weights whose names it does not know random values. With ``resume``, files in ``folder`` that the record
+    names are compared with it and kept, and other files of weights are removed.
+
     Raises ``OSError`` if the disk is full, ``CheckpointError`` if a number does not fit the type it is cast to,
     ``CorruptCheckpointError`` if a file differs when it is read again.
     """
@@ -110,9 +116,9 @@ def write_weights(
     _check_space(folder, total - sum((folder / file).stat().st_size for file in verified))
     sums: Sums = {}
     for file, names in shards.items():
-        job = _File(folder / file, {name: tensors[name] for name in names}, progress)
+        job = _File(folder / file, {name: tensors[name] for name in names}, file_format, progress)
         if file not in verified or not job.is_kept(verified[file]):
-            verified[file] = job.write_and_compare(read)
+            verified[file] = job.write_and_compare(read, look)
             if resume:
                 resume.write(verified)
         sums |= verified[file]
@@ -144,27 +150,27 @@ def _check_space(folder: Path, needed: int) -> None:
 class _File:
     """One safetensors file that is written, or was written by an earlier run, and is compared."""
 
-    def __init__(self, path: Path, tensors: Mapping[str, Source], progress: Progress) -> None:
+    def __init__(self, path: Path, tensors: Mapping[str, Source], file_format: str, progress: Progress) -> None:
         # There are no gaps between tensors. In this order each offset is a multiple of the largest power of two that
         # divides the tensor's size, up to ALIGNMENT, and therefore of its element size.
         names = sorted(tensors, key=lambda name: -math.gcd(tensors[name].nbytes, ALIGNMENT))
         self.path = path
         self.tensors = {name: tensors[name] for name in names}
-        self.header = _header(self.tensors)
+        self.header = _header(self.tensors, file_format)
         self.nbytes = sum(tensor.nbytes for tensor in tensors.values())
         self.progress = progress
 
-    def write_and_compare(self, read: Callable[[Tensor], Tensor]) -> Sums:
+    def write_and_compare(self, read: Callable[[Tensor], Tensor], look: Look) -> Sums:
         """Write the file, read it again, return the SHA-256 of each tensor; after an error there is no file."""
         try:
-            sums = self._write(read)
+            sums = self._write(read, look)
             self.compare(sums)
         except BaseException:
             self.path.unlink(missing_ok=True)
             raise
         return sums
 
-    def _write(self, read: Callable[[Tensor], Tensor]) -> Sums:
+    def _write(self, read: Callable[[Tensor], Tensor], look: Look) -> Sums:
         """Write the file and return the SHA-256 of each tensor; the disk has it when this returns.
 
         One thread reads and casts, this one hashes and writes, a third waits for the disk.
@@ -174,7 +180,7 @@ class _File:
         try:
             with self.path.open("wb") as file, _Disk(file) as disk:
                 file.write(self.header)
-                for name, piece in ahead(self._pieces(read)):
+                for name, piece in ahead(self._pieces(read, look)):
                     file.write(_raw(piece))
                     hashes[name].update(_raw(piece))
                     disk.wrote(piece.nbytes)
@@ -184,11 +190,12 @@ class _File:
             raise
         return {name: value.hexdigest() for name, value in hashes.items()}
 
-    def _pieces(self, read: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def _pieces(self, read: Callable[[Tensor], Tensor], look: Look) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self.tensors.items():
             for piece in pieces(tensor, read):
                 if isinstance(tensor, Computed) and piece.dtype == torch.float16 and piece.isinf().any():
                     raise CheckpointError(f"{name} holds numbers too large for float16 (above 65504); use bfloat16")
+                look(name, piece)
                 yield name, piece
 
     def is_kept(self, sums: Sums) -> bool:
@@ -268,9 +275,9 @@ def _forget(descriptor: int) -> None:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
 
-def _header(tensors: Mapping[str, Source]) -> bytes:
+def _header(tensors: Mapping[str, Source], file_format: str) -> bytes:
     """The start of the file: the header's length, the header, spaces up to a multiple of ``ALIGNMENT``."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, object] = {"__metadata__": {"format": file_format}}
     end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from openllama.checkpoint import convert, diff, inspect, verify
+from openllama.checkpoint.adapters import is_adapter
 from openllama.cli.common import DTYPES, Commands
 from openllama.errors import CheckpointError
 from openllama.interface import OpenLlamaForCausalLM
@@ -60,7 +61,7 @@ def _convert(options: argparse.Namespace) -> None:
         max_shard_size=options.max_shard_size,
         overwrite=options.overwrite,
     )
-    print(f"{options.dst}: {inspect(options.dst)}")
+    print(f"{options.dst}: {'an adapter' if is_adapter(options.dst) else inspect(options.dst)}")
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -41,6 +41,8 @@ def load_model(path: Path, options: Mapping[str, Any]) -> tuple[Any, bytes]:
     content = read_limited(path, MAX_MODEL, TokenizerError)
     if not content:
         raise TokenizerError(f"{path} is empty")
+    if content.startswith(b"version https://git-lfs"):
+        raise TokenizerError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull`")
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=content, **options), content
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:

@@ -10,14 +10,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from openllama import OpenLlamaConfig, OpenLlamaForCausalLM, OpenLlamaForSequenceClassification, OpenLlamaModel
 from openllama.checkpoint import convert, native_to_hf, open_checkpoint, verify
-from tests.checkpoints import assert_same_tensors, shift_data
+from tests.checkpoints import assert_same_tensors, edit_json, shift_data
 from tests.draw import examples
 from tests.oracle import compared, transformers
 from tests.parity.draws import configs, hf_model, randomise_norms, seeds
+from tests.tiny import tiny_model
 
 CLASSES = (OpenLlamaModel, OpenLlamaForCausalLM, OpenLlamaForSequenceClassification)
 RENAMES = (  # written down again, so that the package's own table is not its only witness
@@ -149,3 +151,27 @@ def test_half_precision_files(tmp_path: Path, dtype: torch.dtype) -> None:
         model = OpenLlamaForCausalLM.from_pretrained(tmp_path / "native")
     assert model.dtype == dtype
     assert_same_tensors(model.state_dict(), native_state(hf))
+
+
+@pytest.mark.parametrize("limit", ["5GB", "10KB"])
+@pytest.mark.parametrize("name", ["AutoConfig", "AutoModel", "AutoModelForCausalLM", "OpenLlamaModel",
+                                  "OpenLlamaForCausalLM", "LlamaForCausalLM"])  # fmt: skip
+def test_transformers_refuses_a_native_folder(tmp_path: Path, name: str, limit: str) -> None:
+    """It knows none of the layers' names: whatever it loaded would be random."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path, max_shard_size=limit)
+    error, message = (KeyError, "openllama-native") if name.startswith("Auto") else (OSError, "valid metadata")
+    for arguments in ({}, {"low_cpu_mem_usage": True}):
+        with pytest.raises(error, match=message):
+            getattr(transformers, name).from_pretrained(tmp_path, **arguments)
+    assert_same_tensors(OpenLlamaForCausalLM.from_pretrained(tmp_path).state_dict(), model.state_dict())
+
+
+def test_native_folders_of_before_are_read(tmp_path: Path) -> None:
+    """They said they were transformers' own, which then loaded them with random weights."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    save_file(load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    edit_json(tmp_path / "config.json", lambda values: values.update(model_type="open-llama"))
+    again = OpenLlamaForCausalLM.from_pretrained(tmp_path)
+    assert_same_tensors(again.state_dict(), model.state_dict())

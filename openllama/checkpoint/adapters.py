@@ -1,0 +1,177 @@
+"""Adapters of peft, such as LoRA: renamed between transformers' model and ours.
+
+An adapter names its weights by the modules that they change:
+
+    base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight    trained on transformers' model
+    base_model.model.model.layers.3.attention.q_proj.lora_A.weight    trained on ours
+
+On the model of the other names it changes nothing, and peft does not say so.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from openllama.checkpoint.files import open_file
+from openllama.checkpoint.folders import check_destination, finished_folder
+from openllama.checkpoint.names import HF_TO_NATIVE, PREFIX, Layout, floating_dtype
+from openllama.checkpoint.pieces import is_copy
+from openllama.config import write_json
+from openllama.errors import CheckpointNotFoundError, CorruptCheckpointError, DestinationExistsError, KeyMismatchError
+from openllama.files import read_json
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # first found wins, as in peft
+ADAPTER_PREFIX = "base_model.model."  # of every weight of an adapter that belongs to a module
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+MODULES: dict[Layout, list[str]] = {  # every module with weights, in the same order
+    "hf": [name.rpartition(".")[0] for name in HF_TO_NATIVE],
+    "native": [name.rpartition(".")[0] for name in HF_TO_NATIVE.values()],
+}
+WORDS = {  # the parts of their names that differ
+    "embed_tokens": "embedding.tokens",
+    "embed_layer_norm": "embedding.norm",
+    "input_layernorm": "attention_norm",
+    "self_attn": "attention",
+    "post_attention_layernorm": "mlp_norm",
+}
+LISTS = ("target_modules", "modules_to_save", "exclude_modules", "feedforward_modules")  # fields of modules' names
+PATTERNS = ("rank_pattern", "alpha_pattern")  # fields that map modules' names to numbers
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether ``path`` is a folder of an adapter without a model beside it."""
+    return (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file()
+
+
+def convert_adapter(
+    src: str | PathLike[str],
+    dst: str | PathLike[str],
+    to: Layout = "native",
+    *,
+    dtype: torch.dtype | str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write the adapter of the folder ``src`` to ``dst`` with the names of ``to``, "native" or "hf", as safetensors.
+
+    The names in its configuration follow; files of a tokenizer are copied. ``dtype`` casts the weights.
+    An adapter that has the names already is copied. Raises ``KeyMismatchError`` for a module that no
+    Open-Llama has, or one that the configuration names in a way which cannot be translated.
+    """
+    src, dst, dtype = Path(src), Path(dst), floating_dtype(dtype)
+    if dst.resolve() in (src.resolve(), *src.resolve().parents):
+        raise DestinationExistsError(f"{dst} is or contains the source {src}; choose another folder")
+    check_destination(dst, overwrite)
+    file = next((src / name for name in ADAPTER_FILES if (src / name).is_file()), None)
+    if file is None:
+        raise CheckpointNotFoundError(f"{src} has {ADAPTER_CONFIG} but none of {', '.join(ADAPTER_FILES)}")
+    config = rename_config(read_json(src / ADAPTER_CONFIG, CorruptCheckpointError), to)
+    tensors = {
+        name: tensor.to(dtype).contiguous() for name, tensor in rename_adapter(open_file(file), to).items()
+    }  # small enough for memory
+    with finished_folder(dst, (ADAPTER_CONFIG, *ADAPTER_FILES, *TOKENIZER_FILES)) as folder:
+        write_json(folder / ADAPTER_CONFIG, config)
+        for name in TOKENIZER_FILES:
+            if (src / name).is_file():
+                shutil.copyfile(src / name, folder / name)
+        save_file(tensors, folder / ADAPTER_FILES[0], metadata={"format": "pt"})
+        written = open_file(folder / ADAPTER_FILES[0])
+        if wrong := [name for name, tensor in tensors.items() if not is_copy(written[name], tensor)]:
+            raise CorruptCheckpointError(f"{dst}: {wrong[0]} differs when read again; is the disk or memory failing?")
+
+
+def rename_adapter(tensors: Mapping[str, Tensor], to: Layout) -> dict[str, Tensor]:
+    """The weights of an adapter by the names of ``to``; names that have no module (a prompt's) stay as they are."""
+    renamed = {_translated(name, to) if name.startswith(ADAPTER_PREFIX) else name: t for name, t in tensors.items()}
+    known = tuple(_variants(MODULES[to]))
+    unknown = [
+        name
+        for name in renamed
+        if name.startswith(ADAPTER_PREFIX) and not _numbered(name.removeprefix(ADAPTER_PREFIX)).startswith(known)
+    ]
+    if unknown:
+        raise KeyMismatchError(f"not of a module of an Open-Llama ({len(unknown)}): {', '.join(unknown[:10])}")
+    if len(renamed) < len(tensors):
+        raise KeyMismatchError("the adapter holds weights of both layouts for the same module")
+    return renamed
+
+
+def rename_config(config: Mapping[str, Any], to: Layout) -> dict[str, Any]:
+    """A peft configuration whose ``target_modules`` and other fields name the modules of ``to``."""
+    renamed = dict(config)
+    for field in LISTS:
+        value = config.get(field)
+        if value == "all-linear":
+            continue
+        if isinstance(value, str):
+            renamed[field] = _checked(field, value, to, lambda regex, module: bool(re.fullmatch(regex, module)))
+        elif value:
+            matches = _ends_with if field == "modules_to_save" else _is_or_ends_with
+            renamed[field] = [_checked(field, str(name), to, matches) for name in value]
+    for field in PATTERNS:
+        renamed[field] = {
+            _checked(field, name, to, lambda regex, module: bool(re.match(rf"(.*\.)?{regex}$", module))): number
+            for name, number in (config.get(field) or {}).items()
+        }
+        if field not in config:
+            del renamed[field]
+    return renamed
+
+
+def _translated(text: str, to: Layout) -> str:
+    """``text`` with each of ``WORDS`` in the words of ``to``."""
+    for hf, native in WORDS.items():
+        old, new = (hf, native) if to == "native" else (native, hf)
+        text = re.sub(rf"(?<!\w){old}(?!\w)".replace(".", r"\\?\."), new, text)
+    return text
+
+
+def _checked(field: str, name: str, to: Layout, matches: Callable[[str, str], bool]) -> str:
+    """``name`` translated; raises ``KeyMismatchError`` unless it then means the same modules as before.
+
+    Some mean none: peft lists "classifier" and "score" for every classifier.
+    """
+    renamed = _translated(name, to)
+    meant = False
+    for layout in ("hf", "native"):  # the adapter may have the names of ``to`` already
+        try:
+            before = [matches(name, module) for module in _examples(MODULES[layout])]
+            after = [matches(renamed, module) for module in _examples(MODULES[to])]
+        except re.error as error:
+            raise KeyMismatchError(f"{field}: {name!r} is not a regular expression: {error}") from error
+        if any(before) and before == after:
+            return renamed
+        meant |= any(before)
+    if not meant:
+        return name
+    raise KeyMismatchError(f"{field}: {name!r} cannot be translated; write the names of its modules out")
+
+
+def _examples(modules: Iterable[str]) -> list[str]:
+    """The modules of the first 100 layers, with and without ``model.``."""
+    return [m.replace(".N.", f".{n}.") for m in _variants(modules) for n in range(100 if ".N." in m else 1)]
+
+
+def _variants(modules: Iterable[str]) -> list[str]:
+    return [variant for module in modules for variant in dict.fromkeys((module, module.removeprefix(PREFIX)))]
+
+
+def _numbered(name: str) -> str:
+    return re.sub(r"(?<=\blayers\.)\d+(?=\.)", "N", name)
+
+
+def _is_or_ends_with(name: str, module: str) -> bool:
+    return module == name or module.endswith(f".{name}")
+
+
+def _ends_with(name: str, module: str) -> bool:
+    return module.endswith(name)
