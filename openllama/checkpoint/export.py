@@ -107,7 +107,7 @@ def llama_tensors(weights: Weights, config: OpenLlamaConfig, dtype: torch.dtype 
 def _layer_norm(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """The LayerNorm of the stable embedding, of rows in ``dtype``."""
     wide = torch.promote_types(dtype, torch.float32)
-    weight, bias = weight.to(wide), bias.to(wide)
+    weight, bias = weight.to("cpu", wide), bias.to("cpu", wide)  # as the rows are
     return lambda rows: F.layer_norm(rows.to(wide), weight.shape, weight, bias, LAYER_NORM_EPS)
 
 

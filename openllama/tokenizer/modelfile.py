@@ -1,9 +1,8 @@
 """What a tokenizer.model holds: the pieces with scores and kinds, and how a text is normalised before it is cut.
 
-The file is a protocol buffer, ``ModelProto`` of sentencepiece's ``sentencepiece_model.proto``. The package sentencepiece
-tells neither the normalisation nor which pieces are user-defined. A message is a sequence of fields, each a key and a
-value; key = number * 8 + kind. Kind 0 is an integer of 7 bits a byte, 2 a length and as many bytes, 5 four bytes, 1
-eight.
+The file is a protocol buffer, ``ModelProto`` of ``sentencepiece_model.proto``. The package sentencepiece tells
+neither the normalisation nor which pieces are user-defined. A message is a sequence of fields, each a key and a value;
+key = number * 8 + kind. Kind 0 is an integer of 7 bits a byte, 2 a length and as many bytes, 5 four bytes, 1 eight.
 """
 
 from __future__ import annotations
