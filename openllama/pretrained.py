@@ -13,11 +13,12 @@ from torch.utils.hooks import RemovableHandle
 
 from openllama.attention import check_backend
 from openllama.checkpoint.adapters import ADAPTER_PREFIX
+from openllama.checkpoint.export import export
 from openllama.checkpoint.folders import check_destination, finished_folder
 from openllama.checkpoint.names import EMBEDDING, LM_HEAD, PREFIX, SCORE, Head, Weights, floating_dtype, select
 from openllama.checkpoint.reader import aligned, open_checkpoint
 from openllama.checkpoint.writer import OURS, write_weights
-from openllama.config import OpenLlamaConfig
+from openllama.config import OpenLlamaConfig, write_json
 from openllama.errors import InputError, warn
 from openllama.generation.config import GENERATION_CONFIG_FILE, GenerationConfig
 from openllama.model import Inputs, StableEmbedding
@@ -187,21 +188,30 @@ class PretrainedModel(nn.Module):
         return model.eval()
 
     def save_pretrained(
-        self, folder: str | PathLike[str], max_shard_size: int | str = "5GB", overwrite: bool = True
+        self,
+        folder: str | PathLike[str],
+        max_shard_size: int | str = "5GB",
+        overwrite: bool = True,
+        *,
+        layout: str = "native",
     ) -> None:
-        """Write the model to ``folder``: native layout, safetensors in files of at most ``max_shard_size``.
+        """Write the model to ``folder``, as safetensors in files of at most ``max_shard_size``.
 
-        A model that is there is replaced once this one is whole, other files stay. Raises
+        ``layout``: "native", "hf" (what transformers 4.31.0 reads) or "llama" (a plain LLaMA), as in
+        ``checkpoint.convert``; the tokenizer is not written. A model that is there is replaced once this one
+        is whole, other files stay. Raises
         ``KeyMismatchError`` if the weights are no longer those of the config, ``DestinationExistsError``,
         or ``OSError`` when the disk is full.
         """
         check_destination(Path(folder), overwrite)
         weights = select(self.state_dict(), self.config, self._head)
+        exported = export(layout, weights, self.config)
         with finished_folder(Path(folder), OURS) as unfinished:
-            weights.described_by(self.config).save_pretrained(unfinished)
+            for name, values in exported.files.items():
+                write_json(unfinished / name, values)
             if hasattr(self, "generation_config"):
                 self.generation_config.save_pretrained(unfinished)
-            write_weights(unfinished, weights.named_as_found(), max_shard_size=max_shard_size)
+            write_weights(unfinished, exported.tensors, max_shard_size=max_shard_size, file_format=exported.file_format)
 
     def _wants_dict(self, input_ids: Tensor | Inputs | None, return_dict: bool | None) -> bool:
         """Whether a forward pass returns an output by names; else a tuple, except to those who gave ``Inputs``."""

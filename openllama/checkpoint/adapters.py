@@ -26,7 +26,13 @@ from openllama.checkpoint.folders import check_destination, finished_folder
 from openllama.checkpoint.names import HF_TO_NATIVE, PREFIX, Layout, floating_dtype
 from openllama.checkpoint.pieces import is_copy
 from openllama.config import write_json
-from openllama.errors import CheckpointNotFoundError, CorruptCheckpointError, DestinationExistsError, KeyMismatchError
+from openllama.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    DestinationExistsError,
+    InputError,
+    KeyMismatchError,
+)
 from openllama.files import read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -56,7 +62,7 @@ def is_adapter(path: Path) -> bool:
 def convert_adapter(
     src: str | PathLike[str],
     dst: str | PathLike[str],
-    to: Layout = "native",
+    to: str = "native",
     *,
     dtype: torch.dtype | str | None = None,
     overwrite: bool = False,
@@ -67,6 +73,10 @@ def convert_adapter(
     An adapter that has the names already is copied. Raises ``KeyMismatchError`` for a module that no
     Open-Llama has, or one that the configuration names in a way which cannot be translated.
     """
+    if to not in ("native", "hf"):
+        raise InputError(
+            f"an adapter is written for the names of native or hf, not for {to!r}; merge it into its model"
+        )
     src, dst, dtype = Path(src), Path(dst), floating_dtype(dtype)
     if dst.resolve() in (src.resolve(), *src.resolve().parents):
         raise DestinationExistsError(f"{dst} is or contains the source {src}; choose another folder")

@@ -1,4 +1,4 @@
-"""Converts a checkpoint of either layout and any format to a folder in native layout, as safetensors."""
+"""Converts a checkpoint of either layout and any format, to native layout or to what another program reads."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ import torch
 import openllama
 from openllama.checkpoint.adapters import convert_adapter, is_adapter
 from openllama.checkpoint.archives import check_sums
+from openllama.checkpoint.export import export
 from openllama.checkpoint.folders import check_destination, contents, finished_folder, remains
+from openllama.checkpoint.gguf import convert_to_gguf
 from openllama.checkpoint.names import floating_dtype, select
-from openllama.checkpoint.pieces import cast
 from openllama.checkpoint.progress import ShownProgress
 from openllama.checkpoint.reader import open_checkpoint
 from openllama.checkpoint.reports import Nonfinite, check_tokenizer
 from openllama.checkpoint.source import SourceFiles
 from openllama.checkpoint.writer import OURS, Resume, write_weights
-from openllama.config import CONFIG_FILE, OpenLlamaConfig
+from openllama.config import CONFIG_FILE, OpenLlamaConfig, write_json
 from openllama.errors import DestinationExistsError
 
 RECORD = "verified.json"
+TOKENIZER_JSON = "tokenizer.json"
 COPIED = (
     "tokenizer.model",
     "tokenizer_config.json",
@@ -36,57 +38,68 @@ def convert(
     src: str | PathLike[str],
     dst: str | PathLike[str],
     *,
+    to: str = "native",
     config: OpenLlamaConfig | str | PathLike[str] | None = None,
     dtype: torch.dtype | str | None = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     progress: bool = True,
 ) -> None:
-    """Write the checkpoint ``src`` (folder, or file of weights) to the folder ``dst`` in native layout.
+    """Write the checkpoint ``src`` (folder, or file of weights) to ``dst``, in the form that ``to`` names.
 
-    A folder with an adapter of peft alone is written as an adapter of this package's model.
+    A folder with an adapter of peft alone is written as an adapter, for "native" or "hf".
 
-    ``config`` replaces the config.json of ``src``. ``dtype`` (e.g. "bfloat16") casts the weights; None
-    keeps every bit. The files of the tokenizer and of the generation config are copied. Tensors are
-    processed in pieces, so memory use does not grow with the model. The result is compared with the
-    source before it appears as ``dst``; after an error ``dst`` is unchanged. Raises ``CheckpointError``
-    or a subclass of it, ``ConfigError``, or ``OSError`` if the disk is full.
+    ``to``: "native" is the layout of this package, "hf" what transformers 4.31.0 reads as Open-Llama, "llama" a plain
+    LLaMA with the stable embedding folded in, for current transformers and others, all of them folders; "gguf" is one
+    file, DST.gguf, for llama.cpp. ``config`` replaces the config.json of ``src``. ``dtype`` (e.g. "bfloat16", for gguf
+    also "q8_0") casts the weights; None keeps every bit. The files of the tokenizer and of the generation config are
+    copied. Tensors are processed in pieces, so memory use does not grow with the model. The result is compared with
+    the source before it appears as ``dst``; after an error ``dst`` is unchanged. Raises ``CheckpointError`` or a
+    subclass of it, ``ConfigError`` also for what the other program does not compute, ``TokenizerError`` for a
+    tokenizer that it does not have, or ``OSError`` if the disk is full.
     """
-    if is_adapter(Path(src)):
-        return convert_adapter(src, dst, dtype=dtype, overwrite=overwrite)
-    src, dst, dtype = Path(src), Path(dst), floating_dtype(dtype)
+    src, dst = Path(src), Path(dst)
+    if is_adapter(src):
+        return convert_adapter(src, dst, to, dtype=dtype, overwrite=overwrite)
+    if to == "gguf":
+        return convert_to_gguf(src, dst, config=config, dtype=dtype, overwrite=overwrite, progress=progress)
+    dtype = floating_dtype(dtype)
     _check_places(src, dst, overwrite)
     source = open_checkpoint(src, config)
     weights, nonfinite = select(source.tensors, source.config), Nonfinite()
     check_tokenizer(source.folder, source.config.vocab_size)
+    exported = export(to, weights, source.config, dtype, source.folder)
     check_sums(source.files)
-    tensors = cast(weights.named_as_found(), dtype)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    with SourceFiles(source.files) as files, finished_folder(dst, (*OURS, *COPIED), resume=True) as folder:
-        weights.described_by(source.config, dtype).save_pretrained(folder)
+    total = sum(tensor.nbytes for tensor in exported.tensors.values())
+    replaced = (*OURS, *COPIED, TOKENIZER_JSON)
+    with SourceFiles(source.files) as files, finished_folder(dst, replaced, resume=True) as folder:
         for name in COPIED:
             if (source.folder / name).is_file():
                 shutil.copyfile(source.folder / name, folder / name)
+        for name, values in exported.files.items():
+            write_json(folder / name, values)
         write_weights(
             folder,
-            tensors,
+            exported.tensors,
             max_shard_size=max_shard_size,
             progress=ShownProgress(total) if progress else None,
             read=files.read,
             look=nonfinite.look,
-            resume=Resume(folder.parent / RECORD, _made_from(files, source.config, dtype)),
+            file_format=exported.file_format,
+            resume=Resume(folder.parent / RECORD, _made_from(files, source.config, dtype, to)),
         )
         files.check_unchanged()
     nonfinite.warn()
 
 
-def _made_from(files: SourceFiles, config: OpenLlamaConfig, dtype: torch.dtype | None) -> dict[str, object]:
+def _made_from(files: SourceFiles, config: OpenLlamaConfig, dtype: torch.dtype | None, to: str) -> dict[str, object]:
     """All that the written bytes depend on, beside the names, types and shapes that are in each file's header."""
     return {
         "version": openllama.__version__,
         "source": files.identity(),
         "config": config.to_dict(),
         "dtype": str(dtype),
+        "to": to,
     }
 
 

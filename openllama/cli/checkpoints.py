@@ -11,6 +11,8 @@ import torch
 
 from openllama.checkpoint import convert, diff, inspect, verify
 from openllama.checkpoint.adapters import is_adapter
+from openllama.checkpoint.export import FORMS
+from openllama.checkpoint.gguf import Q8_0
 from openllama.cli.common import DTYPES, Commands
 from openllama.errors import CheckpointError
 from openllama.interface import OpenLlamaForCausalLM
@@ -20,11 +22,19 @@ PROMPT = "Attention is all you need. 春江潮水连海平，海上明月共潮�
 
 
 def add_commands(commands: Commands) -> None:
-    command = commands.add_parser("convert", help="convert a checkpoint to native layout and safetensors")
+    command = commands.add_parser("convert", help="convert a checkpoint to safetensors, or for other programs")
     command.add_argument("src", type=Path, help="folder in HF or native layout, or a .pt/.pth/.bin state dict")
-    command.add_argument("dst", type=Path, help="folder to create")
+    command.add_argument("dst", type=Path, help="folder to create; with --to gguf a file, DST.gguf")
+    command.add_argument(
+        "--to",
+        choices=(*FORMS, "gguf"),
+        default="native",
+        help="native: this package; hf: transformers 4.31.0; llama: current transformers, vLLM, ...; gguf: llama.cpp",
+    )
     command.add_argument("--config", type=Path, help="config.json for a state dict whose folder has none")
-    command.add_argument("--dtype", choices=DTYPES, help="cast the weights; default: keep their type")
+    command.add_argument(
+        "--dtype", choices=(*DTYPES, Q8_0), help="cast the weights (q8_0: gguf only); default: keep their type"
+    )
     command.add_argument("--max-shard-size", default="5GB", help="largest file, e.g. 500MB (default: %(default)s)")
     command.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
     command.set_defaults(run=_convert)
@@ -56,12 +66,16 @@ def _convert(options: argparse.Namespace) -> None:
     convert(
         options.src,
         options.dst,
+        to=options.to,
         config=options.config,
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
         overwrite=options.overwrite,
     )
-    print(f"{options.dst}: {'an adapter' if is_adapter(options.dst) else inspect(options.dst)}")
+    if options.to == "gguf":
+        print(f"{options.dst}: {options.dst.stat().st_size / 1e9:.3f} GB, weights and tokenizer for llama.cpp")
+    else:
+        print(f"{options.dst}: {'an adapter' if is_adapter(options.dst) else inspect(options.dst)}")
 
 
 def _inspect(options: argparse.Namespace) -> None:
