@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -77,6 +77,7 @@ def convert_adapter(
         raise InputError(
             f"an adapter is written for the names of native or hf, not for {to!r}; merge it into its model"
         )
+    layout = cast("Layout", to)
     src, dst, dtype = Path(src), Path(dst), floating_dtype(dtype)
     if dst.resolve() in (src.resolve(), *src.resolve().parents):
         raise DestinationExistsError(f"{dst} is or contains the source {src}; choose another folder")
@@ -84,9 +85,9 @@ def convert_adapter(
     file = next((src / name for name in ADAPTER_FILES if (src / name).is_file()), None)
     if file is None:
         raise CheckpointNotFoundError(f"{src} has {ADAPTER_CONFIG} but none of {', '.join(ADAPTER_FILES)}")
-    config = rename_config(read_json(src / ADAPTER_CONFIG, CorruptCheckpointError), to)
+    config = rename_config(read_json(src / ADAPTER_CONFIG, CorruptCheckpointError), layout)
     tensors = {
-        name: tensor.to(dtype).contiguous() for name, tensor in rename_adapter(open_file(file), to).items()
+        name: tensor.to(dtype).contiguous() for name, tensor in rename_adapter(open_file(file), layout).items()
     }  # small enough for memory
     with finished_folder(dst, (ADAPTER_CONFIG, *ADAPTER_FILES, *TOKENIZER_FILES)) as folder:
         write_json(folder / ADAPTER_CONFIG, config)
