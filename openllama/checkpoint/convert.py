@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from os import PathLike
 from pathlib import Path
 
@@ -15,8 +14,9 @@ from openllama.checkpoint.names import floating_dtype, select
 from openllama.checkpoint.pieces import cast
 from openllama.checkpoint.reader import open_checkpoint
 from openllama.checkpoint.writer import OURS, write_weights
-from openllama.config import CONFIG_FILE, OpenLlamaConfig
-from openllama.errors import DestinationExistsError
+from openllama.config import CONFIG_FILE, OpenLlamaConfig, read_limited
+from openllama.errors import CorruptCheckpointError, DestinationExistsError
+from openllama.tokenizer.files import MAX_MODEL
 
 COPIED = (
     "tokenizer.model",
@@ -59,7 +59,8 @@ def convert(
         weights.described_by(source.config, dtype).save_pretrained(folder)
         for name in COPIED:
             if (source.folder / name).is_file():
-                shutil.copyfile(source.folder / name, folder / name)
+                content = read_limited(source.folder / name, MAX_MODEL, CorruptCheckpointError)
+                (folder / name).write_bytes(content)
         write_weights(folder, tensors, max_shard_size=max_shard_size, tick=bar.update)
 
 

@@ -18,14 +18,13 @@ from torch import Tensor
 
 from openllama.checkpoint.files import Format, format_of, open_file
 from openllama.checkpoint.names import check_layers
-from openllama.config import CONFIG_FILE, OpenLlamaConfig
+from openllama.config import CONFIG_FILE, OpenLlamaConfig, read_json
 from openllama.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
     KeyMismatchError,
     listed,
 )
-from openllama.files import read_json
 
 SAFETENSORS_FILE, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE_FILE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
