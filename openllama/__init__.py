@@ -3,7 +3,6 @@
 All modules in the order in which to read them, which is also the order of their imports:
 
 errors      everything that can be refused
-files       small files, read whole
 config      the numbers that shape a model
 rope        positions
 masks       which keys a query may see

@@ -41,14 +41,14 @@ def test_archives_that_other_programs_wrote_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [0, 4, 20, 28, 1000])
 def test_a_record_that_is_shorter_or_longer_than_its_storage(tmp_path: Path, size: int) -> None:
     path = saved(tmp_path, lambda records: records.update({"x/data/0": records["x/data/0"].ljust(size, b"x")[:size]}))
-    with pytest.raises(CorruptCheckpointError, match=rf"data/0 has {size} bytes, its tensors need 6 of torch.float32"):
+    with pytest.raises(CorruptCheckpointError, match=rf"a is damaged: its record has {size} bytes, it needs 24"):
         open_file(path)
 
 
 def test_a_record_that_is_missing(tmp_path: Path) -> None:
-    for name in ("data/1", "data.pkl"):
+    for name, message in (("data/1", r"data/1|b is damaged"), ("data.pkl", r"no data\.pkl")):
         path = saved(tmp_path, lambda records, name=name: records.pop(f"x/{name}"))
-        with pytest.raises(CorruptCheckpointError, match=name):
+        with pytest.raises(CorruptCheckpointError, match=message):
             open_file(path)
 
 
@@ -65,14 +65,14 @@ def test_a_tensor_that_reaches_beyond_its_storage(tmp_path: Path, legacy: bool) 
     open_file(path)
     for offset, shape, stride in ((0, (7,), (1,)), (1, (6,), (1,)), (0, (2,), (6,)), (2**62, (1,), (1,))):
         pickle_of(path, {"a": (4, 0, (3,), (1,)), "b": (6, offset, shape, stride)}, legacy=legacy)
-        with pytest.raises(CorruptCheckpointError, match="truncated or damaged|larger than its storage"):
+        with pytest.raises(CorruptCheckpointError, match="b is damaged|wrong byte size|larger than its storage"):
             open_file(path)
 
 
 @pytest.mark.parametrize(("shape", "stride"), [((1000, 6), (0, 1)), ((3, 3), (1, 1)), ((2, 2, 2), (1, 1, 2))])
 def test_tensors_that_overlap_themselves(tmp_path: Path, shape: tuple[int, ...], stride: tuple[int, ...]) -> None:
     path = pickle_of(tmp_path / "x.bin", {"a": (6, 0, shape, stride)})
-    with pytest.raises(CorruptCheckpointError, match="numbers share places: a"):
+    with pytest.raises(CorruptCheckpointError, match="several numbers of a share a place"):
         open_file(path)
 
 
@@ -84,7 +84,7 @@ def test_many_tensors_in_one_storage(tmp_path: Path) -> None:
 
 def test_numbers_that_no_record_holds(tmp_path: Path) -> None:
     five_numbers_of_any_memory = b"\x80\x02}X\x01\x00\x00\x00actorch\nTensor\nK\x05\x85Rs."
-    with pytest.raises(CorruptCheckpointError, match="tensors without numbers: a"):
+    with pytest.raises(CorruptCheckpointError, match="a is damaged: the file holds no numbers"):
         open_file(pickled(tmp_path / "x.bin", five_numbers_of_any_memory))
 
 

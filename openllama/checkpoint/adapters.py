@@ -25,7 +25,7 @@ from openllama.checkpoint.files import open_file
 from openllama.checkpoint.folders import check_destination, finished_folder
 from openllama.checkpoint.names import HF_TO_NATIVE, PREFIX, Layout, floating_dtype
 from openllama.checkpoint.pieces import is_copy
-from openllama.config import write_json
+from openllama.config import read_json, write_json
 from openllama.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -33,7 +33,6 @@ from openllama.errors import (
     InputError,
     KeyMismatchError,
 )
-from openllama.files import read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # first found wins, as in peft

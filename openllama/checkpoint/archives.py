@@ -4,8 +4,8 @@
     x/byteorder        little
     x/data/0           the 24 bytes of a
 
-Other programs write such archives too, and strangers do. So one reader finds the records, torch's unpickler
-(that of ``weights_only=True``, which executes nothing) only reads the pickle, and a storage is exactly its record.
+Other programs write such archives too, and strangers do. So one reader finds the records, torch only reads the pickle
+(with ``weights_only=True``, which executes nothing), and the storage of a tensor is exactly its record.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import mmap
 import struct
 import zipfile
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch._weights_only_unpickler import Unpickler
+from torch import Tensor
 
 from openllama.errors import CorruptCheckpointError, UnsafePickleError, listed, warn
 
@@ -126,48 +126,59 @@ class Limited(io.RawIOBase):
         return content
 
 
-def load_archive(path: Path, mapping: mmap.mmap) -> tuple[Any, list[torch.UntypedStorage]]:
-    """What an archive holds, and the storages of its tensors, which are parts of ``mapping``, the mapped file.
+def load_archive(path: Path) -> tuple[Any, dict[int, Record]]:
+    """What an archive holds, with tensors on the meta device, and the record of each ``_checkpoint_offset``.
 
-    Raises any error for a damaged pickle.
+    torch is given an archive in memory: the pickle of this one, and empty records of the same names. Their offsets,
+    which torch notes at the storages, tell which record a storage stands for. Raises any error for a damaged pickle.
     """
     records = read_records(path)
     if "constants.pkl" in records:
         raise UnsafePickleError(
             f"{path} is a TorchScript archive, which holds code; save the model's state_dict instead"
         )
-    if _content(mapping, records, "byteorder", path) == b"big":
-        raise CorruptCheckpointError(f"{path} was written by a big-endian processor; save it again as safetensors")
-    pickled = _content(mapping, records, "data.pkl", path)
+    with path.open("rb") as file:
+        if _content(file, records, "byteorder", path) == b"big":
+            raise CorruptCheckpointError(f"{path} was written by a big-endian processor; save it again as safetensors")
+        pickled = _content(file, records, "data.pkl", path)
     if pickled is None:
         raise CorruptCheckpointError(f"{path} is not what torch.save writes: it has no data.pkl")
-    whole = torch.frombuffer(mapping, dtype=torch.uint8).untyped_storage()
-    storages: dict[str, torch.UntypedStorage] = {}
-
-    def storage_of(saved: Any) -> torch.storage.TypedStorage:
-        _, kind, key, _, count = saved  # "storage", its class, its record, its device, its length
-        record = records.get(f"data/{key}")
-        dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
-        if record is None or record.size != count * dtype.itemsize:
-            found = "is missing" if record is None else f"has {record.size} bytes"
-            raise CorruptCheckpointError(f"{path}: record data/{key} {found}, its tensors need {count} of {dtype}")
-        if key not in storages:  # a slice of a storage cannot grow, so no tensor reaches beyond its record
-            storages[key] = whole[record.offset : record.offset + record.size]
-        return torch.storage.TypedStorage(wrap_storage=storages[key], dtype=dtype, _internal=True)
-
-    unpickler = Unpickler(io.BytesIO(pickled), encoding="utf-8")
-    unpickler.persistent_load = storage_of  # type: ignore[attr-defined]
-    return unpickler.load(), list(storages.values())
+    empty = io.BytesIO()
+    with zipfile.ZipFile(empty, "w") as archive:
+        archive.writestr("x/version", b"3")
+        archive.writestr("x/data.pkl", pickled)
+        for name in records:
+            if name.startswith("data/"):
+                archive.writestr(f"x/{name}", b"")
+        offsets = {_data_offset(empty, entry): entry.filename.removeprefix("x/") for entry in archive.infolist()}
+    empty.seek(0)
+    loaded = torch.load(empty, map_location="meta", weights_only=True)
+    return loaded, {offset: records[name] for offset, name in offsets.items()}
 
 
-def _content(mapping: mmap.mmap, records: dict[str, Record], name: str, path: Path) -> bytes | None:
+def mapped(tensor: Tensor, records: Mapping[int, Record], mapping: mmap.mmap) -> Tensor:
+    """The tensor of ``load_archive`` with its numbers, which lie in the mapped file; raises ValueError if they do not."""
+    storage = tensor.untyped_storage()
+    record = records.get(getattr(storage, "_checkpoint_offset", -1))
+    if record is None:
+        raise ValueError("the file holds no numbers for it")
+    if record.size != storage.nbytes():
+        raise ValueError(f"its record has {record.size} bytes, it needs {storage.nbytes()}")
+    if not record.size:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+    data = torch.frombuffer(mapping, dtype=torch.uint8, count=record.size, offset=record.offset)
+    return data.view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def _content(file: BinaryIO, records: Mapping[str, Record], name: str, path: Path) -> bytes | None:
     """The bytes of a small record, checked; None if there is none."""
     record = records.get(name)
     if record is None:
         return None
     if record.size > MAX_PICKLE:
         raise CorruptCheckpointError(f"{path}: {name} has {record.size:,} bytes, at most {MAX_PICKLE:,} are read")
-    content = mapping[record.offset : record.offset + record.size]
+    file.seek(record.offset)
+    content = file.read(record.size)
     if record.crc not in (0, zlib.crc32(content)):  # 0: torch.save was told not to compute sums
         raise CorruptCheckpointError(f"{path}: {name} is damaged: its bytes do not have the CRC-32 of the archive")
     return content

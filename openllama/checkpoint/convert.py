@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from os import PathLike
 from pathlib import Path
 
@@ -20,8 +19,9 @@ from openllama.checkpoint.reader import open_checkpoint
 from openllama.checkpoint.reports import Nonfinite, check_tokenizer
 from openllama.checkpoint.source import SourceFiles
 from openllama.checkpoint.writer import OURS, Resume, write_weights
-from openllama.config import CONFIG_FILE, OpenLlamaConfig, write_json
-from openllama.errors import DestinationExistsError
+from openllama.config import CONFIG_FILE, OpenLlamaConfig, read_limited, write_json
+from openllama.errors import CorruptCheckpointError, DestinationExistsError
+from openllama.tokenizer.files import MAX_MODEL
 
 RECORD = "verified.json"
 TOKENIZER_JSON = "tokenizer.json"
@@ -75,7 +75,8 @@ def convert(
     with SourceFiles(source.files) as files, finished_folder(dst, replaced, resume=True) as folder:
         for name in COPIED:
             if (source.folder / name).is_file():
-                shutil.copyfile(source.folder / name, folder / name)
+                content = read_limited(source.folder / name, MAX_MODEL, CorruptCheckpointError)
+                (folder / name).write_bytes(content)
         for name, values in exported.files.items():
             write_json(folder / name, values)
         write_weights(

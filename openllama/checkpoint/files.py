@@ -11,7 +11,7 @@ import mmap
 import pickle
 import re
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from openllama.checkpoint.archives import MAGIC, MAX_PICKLE, Limited, load_archive
+from openllama.checkpoint.archives import MAGIC, MAX_PICKLE, Limited, load_archive, mapped
 from openllama.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -56,14 +56,12 @@ def open_file(path: Path) -> dict[str, Tensor]:
     if format_of(path) == "safetensors":
         return _open_safetensors(path, size, start)
     if start.startswith(MAGIC):
-        with _translated_errors(path):
-            loaded, storages = load_archive(path, _map(path))
+        tensors = _open_archive(path)
     elif start.startswith(b"\x80"):
-        loaded, storages = _load_legacy(path, size)
+        tensors = _load_legacy(path, size)
     else:
         raise CorruptCheckpointError(f"{path} is not a file that torch.save wrote; copy or download it again")
-    tensors = _plain_tensors(loaded, path)
-    _check_places(tensors, storages, path, size)
+    _check_views(tensors, path, size)
     return tensors
 
 
@@ -122,8 +120,21 @@ def _map(path: Path) -> mmap.mmap:
 # ---- torch.save
 
 
-def _load_legacy(path: Path, size: int) -> tuple[Any, list[torch.UntypedStorage]]:
-    """Load torch's format from before version 1.6, which cannot be memory-mapped, and the storages of its tensors."""
+def _open_archive(path: Path) -> dict[str, Tensor]:
+    """Map the tensors of torch's zip format."""
+    with _translated_errors(path):
+        loaded, records = load_archive(path)
+        described, tensors, mapping = _plain_tensors(loaded, path), {}, _map(path)
+        for name, tensor in described.items():
+            try:
+                tensors[name] = mapped(tensor, records, mapping)
+            except (ValueError, RuntimeError) as error:
+                raise CorruptCheckpointError(f"{path}: {name} is damaged: {error}") from error
+    return tensors
+
+
+def _load_legacy(path: Path, size: int) -> dict[str, Tensor]:
+    """Load torch's format from before version 1.6, which cannot be memory-mapped."""
     warn(f"{path} is in torch's format from before 1.6 and is read into memory completely")
     storages: list[torch.UntypedStorage] = []
     sizes: list[int] = []
@@ -138,12 +149,15 @@ def _load_legacy(path: Path, size: int) -> tuple[Any, list[torch.UntypedStorage]
             raise CorruptCheckpointError(f"{path} is truncated: its tensors need more than its {size} bytes")
         return storage.fill_(0xFF)  # NaN, should the file hold no numbers for this storage
 
-    with _translated_errors(path):
-        with path.open("rb") as file:
-            loaded = torch.load(Limited(file, MAX_PICKLE), map_location=filled, weights_only=True)
-        if [storage.nbytes() for storage in storages] != sizes:  # torch enlarges one that is too small for its tensor
-            raise CorruptCheckpointError(f"{path} is damaged: a tensor is larger than its storage")
-    return loaded, storages
+    with _translated_errors(path), path.open("rb") as file:
+        tensors = _plain_tensors(torch.load(Limited(file, MAX_PICKLE), map_location=filled, weights_only=True), path)
+    if [storage.nbytes() for storage in storages] != sizes:  # torch enlarges one that is too small for its tensor
+        raise CorruptCheckpointError(f"{path} is damaged: a tensor is larger than its storage")
+    addresses = {storage.data_ptr() for storage in storages}
+    for name, tensor in tensors.items():
+        if tensor.untyped_storage().data_ptr() not in addresses:
+            raise CorruptCheckpointError(f"{path}: {name} is damaged: the file holds no numbers for it")
+    return tensors
 
 
 @contextmanager
@@ -178,17 +192,12 @@ def _plain_tensors(loaded: Any, path: Path) -> dict[str, Tensor]:
     return {key: value.detach() for key, value in tensors.items()}
 
 
-def _check_places(
-    tensors: Mapping[str, Tensor], storages: Collection[torch.UntypedStorage], path: Path, size: int
-) -> None:
-    """Raise ``CorruptCheckpointError`` unless each number of each tensor has its place in one of ``storages``."""
+def _check_views(tensors: Mapping[str, Tensor], path: Path, size: int) -> None:
+    """Raise ``CorruptCheckpointError`` for tensors that would be written out larger than the file is."""
     for key, tensor in tensors.items():
         _check_rank(key, tensor.dim(), path)
-    addresses = {storage.data_ptr() for storage in storages}
-    if lost := [k for k, t in tensors.items() if t.numel() and t.untyped_storage().data_ptr() not in addresses]:
-        raise CorruptCheckpointError(f"{path} holds tensors without numbers: {listed(lost)}")
-    if folded := [key for key, tensor in tensors.items() if _overlaps_itself(tensor)]:
-        raise CorruptCheckpointError(f"{path} holds tensors whose numbers share places: {listed(folded)}")
+        if _overlaps_itself(tensor):
+            raise CorruptCheckpointError(f"{path}: several numbers of {key} share a place in the file")
     if (total := sum(tensor.nbytes for tensor in tensors.values())) > 2 * size:  # a tied table counts twice
         raise CorruptCheckpointError(f"{path} has {size:,} bytes; its tensors share them to be {total:,} bytes")
 
@@ -203,8 +212,7 @@ def _is_plain(key: object, value: object) -> bool:
         isinstance(key, str)
         and type(value) in (Tensor, torch.nn.Parameter)
         and value.layout == torch.strided
-        and value.device.type == "cpu"
-        and not value.is_quantized
+        and not (value.is_quantized or value.is_conj() or value.is_neg())
     )
 
 

@@ -20,7 +20,7 @@ from openllama.checkpoint.adapters import is_adapter
 from openllama.checkpoint.files import Format, format_of, open_file
 from openllama.checkpoint.folders import check_whole
 from openllama.checkpoint.names import check_layers
-from openllama.config import CONFIG_FILE, OpenLlamaConfig
+from openllama.config import CONFIG_FILE, OpenLlamaConfig, read_json
 from openllama.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -28,7 +28,6 @@ from openllama.errors import (
     listed,
     warn,
 )
-from openllama.files import read_json
 
 SAFETENSORS_FILE, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE_FILE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"

@@ -20,11 +20,11 @@ from openllama.config import (
     number,
     one_of,
     optional,
+    read_json,
     setting,
     write_json,
 )
 from openllama.errors import ConfigError, InputError, OpenLlamaError
-from openllama.files import read_json
 
 GENERATION_CONFIG_FILE = "generation_config.json"
 

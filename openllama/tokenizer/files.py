@@ -18,8 +18,8 @@ from typing import Any
 
 import sentencepiece
 
+from openllama.config import read_json, read_limited
 from openllama.errors import TokenizerError
-from openllama.files import read_json, read_limited
 from openllama.tokenizer.vocabulary import ROLES
 
 MODEL_FILE = "tokenizer.model"
