@@ -9,10 +9,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from openllama.checkpoint.archives import check_sums
+from openllama.checkpoint.archives import checked_sha256, is_archive
 from openllama.checkpoint.compare import Comparison, compare
 from openllama.checkpoint.names import select
 from openllama.checkpoint.pieces import Computed, is_copy, pieces
+from openllama.checkpoint.record import RECORD_FILE, check_record
 from openllama.checkpoint.reader import open_checkpoint
 from openllama.config import OpenLlamaConfig
 from openllama.errors import CheckpointError, CorruptCheckpointError, KeyMismatchError, listed
@@ -26,12 +27,15 @@ class Verification:
     tensors: int
     parameters: int
     bytes: int
+    recorded: bool  # the folder has a conversion.json, and all weights are those that it lists
     against: Path | None
     rounded_to: str | None  # the type that the weights of ``against`` were cast to for the comparison
     rounding: Comparison | None  # how far ``against`` is, if it was cast
 
     def __str__(self) -> str:
         text = f"{self.path}: all {self.tensors} tensors, {self.parameters:,} parameters, of the right shape and finite"
+        if self.recorded:
+            text += f"; as {RECORD_FILE} records them"
         if self.against is not None:
             rounded = f" rounded to {self.rounded_to}" if self.rounded_to else ""
             text += f"; bit for bit equal to {self.against}{rounded}"
@@ -50,7 +54,9 @@ def verify(
     """
     checkpoint = open_checkpoint(path, config)
     tensors = select(checkpoint.tensors, checkpoint.config).tensors
-    check_sums(checkpoint.files)
+    for file in filter(is_archive, checkpoint.files):
+        checked_sha256(file)
+    recorded = checkpoint.path.is_dir() and check_record(checkpoint.folder, checkpoint.tensors)
     broken = [name for name, tensor in tensors.items() if not all(p.isfinite().all() for p in pieces(tensor))]
     if broken:
         raise CorruptCheckpointError(f"{path} holds NaN or infinity in {listed(broken)}")
@@ -65,6 +71,7 @@ def verify(
         tensors=len(tensors),
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        recorded=recorded,
         against=None if against is None else Path(against),
         rounded_to=rounded_to,
         rounding=rounding,
