@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Collection
 from os import PathLike
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from tqdm import tqdm
 
 from openllama.checkpoint.adapters import convert_adapter, is_adapter
 from openllama.checkpoint.folders import check_destination, finished_folder
-from openllama.checkpoint.names import floating_dtype, select
+from openllama.checkpoint.names import floating_dtype, select, without
 from openllama.checkpoint.pieces import cast
 from openllama.checkpoint.reader import open_checkpoint
 from openllama.checkpoint.reports import Nonfinite, check_tokenizer
@@ -34,6 +35,7 @@ def convert(
     *,
     config: OpenLlamaConfig | str | PathLike[str] | None = None,
     dtype: torch.dtype | str | None = None,
+    ignore: Collection[str] = (),
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     progress: bool = True,
@@ -43,17 +45,18 @@ def convert(
     A folder with an adapter of peft alone is written as an adapter of this package's model.
 
     ``config`` replaces the config.json of ``src``. ``dtype`` (e.g. "bfloat16") casts the weights; None
-    keeps every bit. The files of the tokenizer and of the generation config are copied. Tensors are
-    processed in pieces, so memory use does not grow with the model. The result is compared with the
-    source before it appears as ``dst``; after an error ``dst`` is unchanged. Raises ``CheckpointError``
-    or a subclass of it, ``ConfigError``, or ``OSError`` if the disk is full.
+    keeps every bit. ``ignore``: shell patterns of weights to leave out. The files of the tokenizer and of
+    the generation config are copied. Tensors are processed in pieces, so memory use does not grow with
+    the model. The result is compared with the source before it appears as ``dst``; after an error ``dst``
+    is unchanged. Raises ``CheckpointError`` or a subclass of it, ``ConfigError``, ``TokenizerError``, or
+    ``OSError`` if the disk is full.
     """
     if is_adapter(Path(src)):
         return convert_adapter(src, dst, dtype=dtype, overwrite=overwrite)
     src, dst, dtype = Path(src), Path(dst), floating_dtype(dtype)
     _check_places(src, dst, overwrite)
     source = open_checkpoint(src, config)
-    weights, nonfinite = select(source.tensors, source.config), Nonfinite()
+    weights, nonfinite = select(without(source.tensors, ignore), source.config), Nonfinite()
     check_tokenizer(source.folder, source.config.vocab_size)
     tensors = cast(weights.named_as_found(), dtype)
     total = sum(tensor.nbytes for tensor in tensors.values())

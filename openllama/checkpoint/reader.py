@@ -15,10 +15,12 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import Tensor
 
 from openllama.checkpoint.adapters import is_adapter
 from openllama.checkpoint.files import Format, format_of, open_file, unique_keys
+from openllama.checkpoint.names import unwrap
 from openllama.config import CONFIG_FILE, OpenLlamaConfig
 from openllama.errors import (
     CheckpointNotFoundError,
@@ -75,7 +77,9 @@ def open_checkpoint(
         files, tensors = _open_shards(source)
     else:
         files, tensors = (source,), open_file(source)
-    return Checkpoint(path, folder, files, format_of(files[0]), config, tensors)
+    for file in files:
+        _add_aliases(file, tensors)
+    return Checkpoint(path, folder, files, format_of(files[0]), config, unwrap(tensors))
 
 
 def aligned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -98,6 +102,16 @@ def _find_weights(folder: Path) -> Path:
     others = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth"))
     hint = f"; it has {', '.join(others)}: pass the file itself, or add the missing index" if others else ""
     raise CheckpointNotFoundError(f"{folder} holds none of {', '.join(SEARCHED)}{hint}")
+
+
+def _add_aliases(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Add the names of shared weights that ``safetensors.torch.save_model`` keeps in the metadata of a file."""
+    if format_of(file) == "safetensors":
+        with safe_open(file, "numpy") as opened:
+            metadata = opened.metadata() or {}
+        tensors |= {
+            alias: tensors[name] for alias, name in metadata.items() if name in tensors and alias not in tensors
+        }
 
 
 # ---- shards

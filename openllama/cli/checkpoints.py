@@ -16,6 +16,13 @@ def add_commands(commands: Commands) -> None:
     command.add_argument("dst", type=Path, help="folder to create")
     command.add_argument("--config", type=Path, help="config.json for a state dict whose folder has none")
     command.add_argument("--dtype", choices=DTYPES, help="cast the weights; default: keep their type")
+    command.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave out weights whose names match, e.g. '*.value_head.*'; may be repeated",
+    )
     command.add_argument("--max-shard-size", default="5GB", help="largest file, e.g. 500MB (default: %(default)s)")
     command.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
     command.set_defaults(run=_convert)
@@ -36,6 +43,7 @@ def _convert(options: argparse.Namespace) -> None:
         options.dst,
         config=options.config,
         dtype=options.dtype,
+        ignore=options.ignore,
         max_shard_size=options.max_shard_size,
         overwrite=options.overwrite,
     )
