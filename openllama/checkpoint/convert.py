@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from openllama.checkpoint.adapters import convert_adapter, is_adapter
 from openllama.checkpoint.folders import check_destination, finished_folder
+from openllama.checkpoint.hub import fetch, local_path
 from openllama.checkpoint.names import floating_dtype, select, without
 from openllama.checkpoint.pieces import cast
 from openllama.checkpoint.reader import open_checkpoint
@@ -36,24 +37,29 @@ def convert(
     config: OpenLlamaConfig | str | PathLike[str] | None = None,
     dtype: torch.dtype | str | None = None,
     ignore: Collection[str] = (),
+    revision: str | None = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     progress: bool = True,
 ) -> None:
-    """Write the checkpoint ``src`` (folder, or file of weights) to the folder ``dst`` in native layout.
+    """Write the checkpoint ``src`` to the folder ``dst`` in native layout.
 
-    A folder with an adapter of peft alone is written as an adapter of this package's model.
-
-    ``config`` replaces the config.json of ``src``. ``dtype`` (e.g. "bfloat16") casts the weights; None
-    keeps every bit. ``ignore``: shell patterns of weights to leave out. The files of the tokenizer and of
-    the generation config are copied. Tensors are processed in pieces, so memory use does not grow with
-    the model. The result is compared with the source before it appears as ``dst``; after an error ``dst``
-    is unchanged. Raises ``CheckpointError`` or a subclass of it, ``ConfigError``, ``TokenizerError``, or
-    ``OSError`` if the disk is full.
+    ``src``: a folder, a file of weights, or ORG/NAME on the Hugging Face hub, of which ``revision`` is a
+    branch, tag or commit. A folder with nothing but an adapter of peft becomes an adapter of this
+    package's model. ``config`` replaces the config.json of ``src``. ``dtype`` (e.g. "bfloat16") casts the
+    weights; None keeps every bit. ``ignore``: shell patterns of weights to leave out. The files of the
+    tokenizer and of the generation config are copied. Tensors are processed in pieces, so memory use does
+    not grow with the model. The result is compared with the source before it appears as ``dst``; after an
+    error ``dst`` is unchanged. Raises ``CheckpointError`` or a subclass of it, ``ConfigError``,
+    ``TokenizerError``, or ``OSError`` if the disk is full.
     """
-    if is_adapter(Path(src)):
+    dst = Path(dst).expanduser()
+    if not local_path(src).exists():
+        check_destination(dst, overwrite)  # before a download
+    src = fetch(src, revision)
+    if is_adapter(src):
         return convert_adapter(src, dst, dtype=dtype, overwrite=overwrite)
-    src, dst, dtype = Path(src), Path(dst), floating_dtype(dtype)
+    dtype = floating_dtype(dtype)
     _check_places(src, dst, overwrite)
     source = open_checkpoint(src, config)
     weights, nonfinite = select(without(source.tensors, ignore), source.config), Nonfinite()

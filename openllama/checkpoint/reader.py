@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from torch import Tensor
 
 from openllama.checkpoint.adapters import is_adapter
 from openllama.checkpoint.files import Format, format_of, open_file, unique_keys
+from openllama.checkpoint.hub import local_path
 from openllama.checkpoint.names import unwrap
 from openllama.config import CONFIG_FILE, OpenLlamaConfig
 from openllama.errors import (
+    CheckpointError,
     CheckpointNotFoundError,
     CorruptCheckpointError,
     KeyMismatchError,
@@ -32,6 +35,7 @@ from openllama.errors import (
 SAFETENSORS_FILE, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE_FILE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 SEARCHED = (SAFETENSORS_FILE, SAFETENSORS_INDEX, PICKLE_FILE, PICKLE_INDEX)  # first found wins, as in HF
+GGML_MAGIC = (b"GGUF", b"lmgg", b"fmgg", b"tjgg", b"algg")  # llama.cpp's formats, newest first
 ALIGNMENT = 64  # bytes; torch allocates tensors at multiples of it
 MAX_ALIGNED_COPIES = 2**30  # bytes; copies stay in memory, the system can drop mapped pages
 
@@ -57,9 +61,12 @@ def open_checkpoint(
     ``CorruptCheckpointError``, ``UnsafePickleError``, ``KeyMismatchError`` (index and shards
     disagree) or ``ConfigError``.
     """
-    path = Path(path)
+    path = local_path(path)
     if not path.exists():
-        raise CheckpointNotFoundError(f"{path}: no such file or folder; checkpoints are read from local disk only")
+        raise CheckpointNotFoundError(
+            f"{path}: no such file or folder; only `openllama convert ORG/NAME DST` reads from the hub"
+        )
+    _refuse_ggml(path)
     folder = path if path.is_dir() else path.parent
     if config is None and is_adapter(folder):
         raise CheckpointNotFoundError(
@@ -80,6 +87,21 @@ def open_checkpoint(
     for file in files:
         _add_aliases(file, tensors)
     return Checkpoint(path, folder, files, format_of(files[0]), config, unwrap(tensors))
+
+
+def _refuse_ggml(path: Path) -> None:
+    """Raise ``CheckpointError`` for a file of llama.cpp, and for a folder whose only weights are such files."""
+    files = [path] if path.is_file() else []
+    if path.is_dir() and not any((path / name).is_file() for name in SEARCHED):
+        files = [file for file in path.iterdir() if fnmatch(file.name, "*.gguf") or fnmatch(file.name, "ggml*.bin")]
+    for file in files:
+        with file.open("rb") as opened:
+            magic = opened.read(4)
+        if magic in GGML_MAGIC or file.suffix == ".gguf":
+            raise CheckpointError(
+                f"{file} is a file of llama.cpp (GGUF or ggml) with usually rounded numbers; this package reads the "
+                "checkpoint that it was made from"
+            )
 
 
 def aligned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

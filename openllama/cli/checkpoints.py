@@ -12,10 +12,11 @@ from openllama.cli.common import DTYPES, Commands
 
 def add_commands(commands: Commands) -> None:
     command = commands.add_parser("convert", help="convert a checkpoint to native layout and safetensors")
-    command.add_argument("src", type=Path, help="folder in HF or native layout, or a .pt/.pth/.bin state dict")
+    command.add_argument("src", help="folder in HF or native layout, .pt/.pth/.bin state dict, or ORG/NAME on the hub")
     command.add_argument("dst", type=Path, help="folder to create")
     command.add_argument("--config", type=Path, help="config.json for a state dict whose folder has none")
     command.add_argument("--dtype", choices=DTYPES, help="cast the weights; default: keep their type")
+    command.add_argument("--revision", help="branch, tag or commit of ORG/NAME (default: main)")
     command.add_argument(
         "--ignore",
         action="append",
@@ -44,6 +45,7 @@ def _convert(options: argparse.Namespace) -> None:
         config=options.config,
         dtype=options.dtype,
         ignore=options.ignore,
+        revision=options.revision,
         max_shard_size=options.max_shard_size,
         overwrite=options.overwrite,
     )
