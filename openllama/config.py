@@ -357,7 +357,7 @@ class OpenLlamaConfig(Settings):
     @classmethod
     def from_pretrained(cls, folder: str | PathLike[str], **overrides: Any) -> OpenLlamaConfig:
         """Read ``config.json`` of a folder (or that file itself)."""
-        path = Path(folder)
+        path = Path(folder).expanduser()
         path = path / CONFIG_FILE if path.is_dir() else path
         if not path.is_file():
             raise CheckpointNotFoundError(

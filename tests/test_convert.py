@@ -140,6 +140,16 @@ def test_tied_head_is_written_once(tmp_path: Path) -> None:
     assert_same_tensors(load_file(tmp_path / "native" / "model.safetensors"), native_weights(config))
 
 
+def test_what_is_to_be_ignored(tmp_path: Path) -> None:
+    weights = {**hf_weights(CONFIG), "value_head.weight": torch.zeros(1), "value_head.bias": torch.zeros(1)}
+    write_checkpoint(tmp_path / "source", weights, CONFIG)
+    with pytest.raises(KeyMismatchError, match=r"not a weight of an Open-Llama.*value_head\.bias"):
+        run(tmp_path / "source", tmp_path / "native")
+    with pytest.warns(UserWarning, match=r"ignored, as asked: value_head\.bias, value_head\.weight"):
+        run(tmp_path / "source", tmp_path / "native", ignore=["value_head.*"])
+    assert_same_tensors(load_file(tmp_path / "native" / "model.safetensors"), native_weights(CONFIG))
+
+
 # ---- what is said
 
 

@@ -19,8 +19,10 @@ from openllama.checkpoint.names import (
     layout_of,
     native_to_hf,
     select,
+    unwrap,
+    without,
 )
-from openllama.errors import ConfigError, KeyMismatchError
+from openllama.errors import ConfigError, InputError, KeyMismatchError
 from openllama.rope import frequencies
 from tests.checkpoints import assert_same_tensors, hf_weights, native_weights, tiny_config
 from tests.draw import examples
@@ -180,3 +182,76 @@ def test_dtypes() -> None:
     for wrong in ("int8", torch.int8, "nn", "nonsense"):
         with pytest.raises(ConfigError, match="dtype"):
             floating_dtype(wrong)
+
+
+# ---- what trainers and other versions of transformers add
+
+
+BUFFERS = [
+    "model.layers.1.self_attn.bias",
+    "model.layers.1.self_attn.masked_bias",
+    "model.layers.0.self_attn.rotary_emb.cos_cached",
+    "model.layers.0.self_attn.rotary_emb.sin_cached",
+]
+
+
+@pytest.mark.parametrize("head", ["causal-lm", "body"])
+def test_buffers_are_reported_once_and_left_out(head) -> None:
+    config = tiny_config()
+    prefix = "" if head == "body" else "model."
+    buffers = {prefix + name.removeprefix("model."): torch.ones(1, 1, 4, 4) for name in BUFFERS}
+    with pytest.warns(UserWarning, match=r"4 buffers are not weights.*layers\.1\.self_attn\.bias") as caught:
+        assert_same_tensors(hf_to_native({**hf_weights(config, head), **buffers}), native_weights(config, head))
+    assert len(caught) == 1
+    with pytest.raises(KeyMismatchError, match=r"not a weight.*q_proj\.bias"):
+        hf_to_native({**hf_weights(config), "model.layers.0.self_attn.q_proj.bias": torch.ones(8)})
+
+
+def test_inv_freq_of_the_whole_model_is_checked_like_that_of_a_layer() -> None:
+    config, name = tiny_config(), "model.rotary_emb.inv_freq"
+    weights = {k: v for k, v in hf_weights(config).items() if "inv_freq" not in k}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same_tensors(hf_to_native({**weights, name: frequencies(4, None, 1, 1)}), native_weights(config))
+    with pytest.warns(UserWarning, match=r"model\.rotary_emb\.inv_freq is not what the configuration implies"):
+        hf_to_native({**weights, name: 2 * frequencies(4, None, 1, 1)})
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda name: f"module.{name}",
+    lambda name: f"_orig_mod.module.{name}",
+    lambda name: f"_forward_module.{name}",
+    lambda name: f"base_model.model.{name}",
+    lambda name: f"module.base_model.model.{name}",
+    lambda name: name.replace("layers.1.", "layers.1._fsdp_wrapped_module._checkpoint_wrapped_module."),
+    lambda name: f"_fsdp_wrapped_module.{name.replace('layers.', '_fsdp_wrapped_module.layers.')}",
+    lambda name: f"module.{name.replace('self_attn.', 'self_attn._orig_mod.')}",
+])  # fmt: skip
+@pytest.mark.parametrize("head", ["causal-lm", "body", "classifier"])
+def test_wrappers_are_removed_wherever_they_are(wrap, head) -> None:
+    weights = hf_weights(tiny_config(shared_input_output_embedding=False), head)
+    wrapped = {wrap(name): tensor for name, tensor in weights.items()}
+    assert wrapped.keys() != weights.keys()
+    assert_same_tensors(unwrap(wrapped), weights)
+
+
+def test_a_weight_wrapped_and_unwrapped_is_there_twice() -> None:
+    with pytest.raises(KeyMismatchError, match=r"given twice \(1\): a\.b \(as a\.b and module\.a\._orig_mod\.b\)"):
+        unwrap({"a.b": torch.zeros(1), "module.a._orig_mod.b": torch.zeros(1)})
+
+
+def test_ignored_weights_are_named() -> None:
+    tensors = dict.fromkeys(["a.weight", "a.bias", "b.bias"], torch.zeros(1))
+    with pytest.warns(UserWarning, match=r"ignored, as asked: a\.bias, b\.bias$"):
+        assert list(without(tensors, ["*.bias"])) == ["a.weight"]
+    with pytest.raises(InputError, match=r"no weight matches 'c\.\*'.*the first is a\.weight"):
+        without(tensors, ["*.bias", "c.*"])
+    assert without(tensors, []) == tensors
+
+
+def test_an_open_llama_that_says_it_is_a_llama_and_the_other_way_round() -> None:
+    open_llama, llama = tiny_config(), tiny_config(use_stable_embedding=False, shared_input_output_embedding=False)
+    with pytest.raises(KeyMismatchError, match=r"so they are an Open-Llama.*model_type open-llama"):
+        select(hf_weights(open_llama), llama)
+    with pytest.raises(KeyMismatchError, match=r"as a plain LLaMA.*model_type llama"):
+        select(hf_weights(llama), open_llama)

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save_file, save_model
 from torch import Tensor
 
+from openllama import OpenLlamaForCausalLM
 from openllama.checkpoint.reader import open_checkpoint, open_file
 from openllama.errors import (
     CheckpointNotFoundError,
@@ -73,6 +74,38 @@ def test_empty_and_garbage(tmp_path: Path, name: str, content: bytes) -> None:
         warnings.simplefilter("ignore")
         with pytest.raises(CorruptCheckpointError, match=name):
             open_checkpoint(tmp_path)
+
+
+# ---- names that safetensors keeps in the metadata
+
+TIED = tiny_config(shared_input_output_embedding=False, tie_word_embeddings=True)
+
+
+def test_a_tied_table_under_one_name(tmp_path: Path) -> None:
+    weights = hf_weights(TIED)
+    del weights["model.embed_tokens.weight"]
+    TIED.save_pretrained(tmp_path)
+    metadata = {"format": "pt", "model.embed_tokens.weight": "lm_head.weight", "model.norm.weight": "lm_head.weight"}
+    save_file(weights, tmp_path / "model.safetensors", metadata)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = OpenLlamaForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert torch.equal(loaded["model.embedding.tokens.weight"], weights["lm_head.weight"])
+    assert torch.equal(loaded["model.norm.weight"], weights["model.norm.weight"]), "a tensor that is there is no alias"
+
+
+def test_what_the_library_saves_of_a_tied_model(tmp_path: Path) -> None:
+    model = OpenLlamaForCausalLM(TIED)
+    save_model(model, str(tmp_path / "model.safetensors"))
+    TIED.save_pretrained(tmp_path)
+    assert_same_tensors(OpenLlamaForCausalLM.from_pretrained(tmp_path).state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("form", ["one safetensors", "pickle shards"])
+def test_wrapped_names_in_every_format(tmp_path: Path, form: str) -> None:
+    weights = {f"_fsdp_wrapped_module.{name}": tensor for name, tensor in hf_weights(CONFIG).items()}
+    write_checkpoint(tmp_path, weights, CONFIG, form)
+    assert_same_tensors(open_checkpoint(tmp_path).tensors, hf_weights(CONFIG))
 
 
 # ---- folders and indexes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from os import PathLike
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from openllama.checkpoint.adapters import convert_adapter, is_adapter
 from openllama.checkpoint.archives import check_sums
 from openllama.checkpoint.export import export
 from openllama.checkpoint.folders import check_destination, contents, finished_folder, remains
-from openllama.checkpoint.gguf import convert_to_gguf
-from openllama.checkpoint.names import floating_dtype, select
+from openllama.checkpoint.gguf import write_gguf
+from openllama.checkpoint.hub import fetch, local_path
+from openllama.checkpoint.names import floating_dtype, select, without
 from openllama.checkpoint.progress import ShownProgress
 from openllama.checkpoint.reader import open_checkpoint
 from openllama.checkpoint.reports import Nonfinite, check_tokenizer
@@ -41,32 +43,38 @@ def convert(
     to: str = "native",
     config: OpenLlamaConfig | str | PathLike[str] | None = None,
     dtype: torch.dtype | str | None = None,
+    ignore: Collection[str] = (),
+    revision: str | None = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     progress: bool = True,
 ) -> None:
-    """Write the checkpoint ``src`` (folder, or file of weights) to ``dst``, in the form that ``to`` names.
+    """Write the checkpoint ``src`` to ``dst``, in the form that ``to`` names.
 
-    A folder with an adapter of peft alone is written as an adapter, for "native" or "hf".
+    ``src``: a folder, a file of weights, or ORG/NAME on the Hugging Face hub, of which ``revision`` is a branch, tag or
+    commit. A folder with nothing but an adapter of peft is written as an adapter, for "native" or "hf".
 
     ``to``: "native" is the layout of this package, "hf" what transformers 4.31.0 reads as Open-Llama, "llama" a plain
     LLaMA with the stable embedding folded in, for current transformers and others, all of them folders; "gguf" is one
     file, DST.gguf, for llama.cpp. ``config`` replaces the config.json of ``src``. ``dtype`` (e.g. "bfloat16", for gguf
-    also "q8_0") casts the weights; None keeps every bit. The files of the tokenizer and of the generation config are
-    copied. Tensors are processed in pieces, so memory use does not grow with the model. The result is compared with
-    the source before it appears as ``dst``; after an error ``dst`` is unchanged. Raises ``CheckpointError`` or a
-    subclass of it, ``ConfigError`` also for what the other program does not compute, ``TokenizerError`` for a
-    tokenizer that it does not have, or ``OSError`` if the disk is full.
+    also "q8_0") casts the weights; None keeps every bit. ``ignore``: shell patterns of weights to leave out. The files
+    of the tokenizer and of the generation config are copied. Tensors are processed in pieces, so memory use does not
+    grow with the model. The result is compared with the source before it appears as ``dst``; after an error ``dst`` is
+    unchanged. Raises ``CheckpointError`` or a subclass of it, ``ConfigError`` also for what the other program does not
+    compute, ``TokenizerError`` for a tokenizer that it does not have, or ``OSError`` if the disk is full.
     """
-    src, dst = Path(src), Path(dst)
+    dst = Path(dst).expanduser()
+    if to != "gguf" and not local_path(src).exists():
+        check_destination(dst, overwrite)  # before a download
+    src = fetch(src, revision)
     if is_adapter(src):
         return convert_adapter(src, dst, to, dtype=dtype, overwrite=overwrite)
+    source = open_checkpoint(src, config)
+    weights, nonfinite = select(without(source.tensors, ignore), source.config), Nonfinite()
     if to == "gguf":
-        return convert_to_gguf(src, dst, config=config, dtype=dtype, overwrite=overwrite, progress=progress)
+        return write_gguf(source, weights, dst, dtype=dtype, overwrite=overwrite, progress=progress)
     dtype = floating_dtype(dtype)
     _check_places(src, dst, overwrite)
-    source = open_checkpoint(src, config)
-    weights, nonfinite = select(source.tensors, source.config), Nonfinite()
     check_tokenizer(source.folder, source.config.vocab_size)
     exported = export(to, weights, source.config, dtype, source.folder)
     check_sums(source.files)

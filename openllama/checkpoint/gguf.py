@@ -19,7 +19,6 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from os import PathLike
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,9 +29,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from openllama.checkpoint.export import check_llama, llama_tensors
-from openllama.checkpoint.names import Weights, floating_dtype, select
+from openllama.checkpoint.names import Weights, floating_dtype
 from openllama.checkpoint.pieces import Computed, Source, pieces
-from openllama.checkpoint.reader import open_checkpoint
+from openllama.checkpoint.reader import Checkpoint
 from openllama.config import OpenLlamaConfig
 from openllama.errors import (
     CheckpointError,
@@ -85,22 +84,23 @@ class _Entry:
         return numbers // BLOCK * (BLOCK + 2) if self.kind == "Q8_0" else numbers * TORCH_TYPES[self.kind].itemsize
 
 
-def convert_to_gguf(
-    src: Path,
+def write_gguf(
+    source: Checkpoint,
+    weights: Weights,
     dst: Path,
     *,
-    config: OpenLlamaConfig | str | PathLike[str] | None = None,
     dtype: torch.dtype | str | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> None:
-    """``convert(src, dst, to="gguf")``; a ``dtype`` of None keeps the type of the weights, in which most are."""
+    """Write ``weights`` and the tokenizer of ``source`` to the file ``dst``.
+
+    ``dtype``: as in ``convert``; None keeps the type of the weights, in which most are.
+    """
     gguf = _package()
     quantised = dtype == Q8_0
     cast_to = None if quantised else floating_dtype(dtype)
-    _check_destination(src, dst, overwrite)
-    source = open_checkpoint(src, config)
-    weights = select(source.tensors, source.config)
+    _check_destination(dst, overwrite)
     _check_model(weights, source.config)
     if not (source.folder / MODEL_FILE).is_file():
         raise CheckpointNotFoundError(f"{source.folder} has no {MODEL_FILE}; a GGUF file holds the tokenizer, too")
@@ -140,7 +140,7 @@ def _check_model(weights: Weights, config: OpenLlamaConfig) -> None:
         )
 
 
-def _check_destination(src: Path, dst: Path, overwrite: bool) -> None:
+def _check_destination(dst: Path, overwrite: bool) -> None:
     if dst.suffix != ".gguf":
         raise InputError(f"{dst}: gguf is one file; give it a name that ends in .gguf, such as {dst / 'model.gguf'}")
     if not dst.exists():

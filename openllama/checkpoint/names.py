@@ -10,6 +10,7 @@ import dataclasses
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import reduce
 from itertools import groupby
 from typing import Literal
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from openllama.config import NATIVE_TYPE, OpenLlamaConfig
-from openllama.errors import ConfigError, KeyMismatchError, listed, warn
+from openllama.errors import ConfigError, InputError, KeyMismatchError, listed, warn
 from openllama.model import CausalLM
 from openllama.rope import frequencies
 
@@ -46,7 +47,26 @@ HF_TO_NATIVE = {
 }
 NATIVE_TO_HF = {native: hf for hf, native in HF_TO_NATIVE.items()}
 INV_FREQ = "model.layers.N.self_attn.rotary_emb.inv_freq"  # only in HF; follows from the configuration
+INV_FREQS = (INV_FREQ, "model.rotary_emb.inv_freq")  # the second of later versions of transformers
+BUFFERS = (  # what versions of transformers and other trainers store beside weights: tables and masks, which follow too
+    "model.layers.N.self_attn.bias",  # the causal mask, as in GPT-2
+    "model.layers.N.self_attn.masked_bias",
+    "model.layers.N.self_attn.rotary_emb.cos_cached",
+    "model.layers.N.self_attn.rotary_emb.sin_cached",
+    "model.rotary_emb.cos_cached",
+    "model.rotary_emb.sin_cached",
+    "model.rotary_emb.original_inv_freq",
+)
+WRAPPERS = (  # what trainers put in front of a name, or of the part of it that they wrap
+    "module.",  # DistributedDataParallel, DeepSpeed
+    "_orig_mod.",  # torch.compile
+    "_forward_module.",  # Lightning's Fabric
+    "_fsdp_wrapped_module.",
+    "_checkpoint_wrapped_module.",
+    "base_model.model.",  # peft
+)
 EMBEDDING, LM_HEAD, SCORE = "model.embedding.tokens.weight", "lm_head.weight", "score.weight"
+NORM = "model.embedding.norm.weight"  # of a stable embedding
 HEADS = (LM_HEAD, SCORE)
 _FIRST_LAYER = f"{PREFIX}layers.0."
 ARCHITECTURES: dict[Head, str] = {
@@ -56,6 +76,7 @@ ARCHITECTURES: dict[Head, str] = {
 }
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _TO_NATIVE = {"hf": HF_TO_NATIVE, "native": {name: name for name in NATIVE_TO_HF}}
+_WRAPPED = re.compile(rf"(?:(?<=\.)|^)(?:{'|'.join(map(re.escape, WRAPPERS))})+")
 _LAYER_NUMBER = re.compile(r"(?<=^model\.layers\.)(0|[1-9]\d*)(?=\.)")
 
 
@@ -70,7 +91,7 @@ class Problems:
     misshaped: list[str] = field(default_factory=list)
     not_floating: list[str] = field(default_factory=list)
 
-    def check(self) -> None:
+    def check(self, hint: str = "Does the config.json belong to them?") -> None:
         """Raise ``KeyMismatchError`` that lists the first entries of each kind, if there are any."""
         titles = {
             "unknown": "not a weight of an Open-Llama",
@@ -83,9 +104,7 @@ class Problems:
         found = [(titles[name], entries) for name, entries in dataclasses.asdict(self).items() if entries]
         if found:
             parts = [f"{title} ({len(entries)}): {listed(entries)}" for title, entries in found]
-            raise KeyMismatchError(
-                f"the weights do not fit the configuration: {'; '.join(parts)}. Does the config.json belong to them?"
-            )
+            raise KeyMismatchError(f"the weights do not fit the configuration: {'; '.join(parts)}. {hint}")
 
 
 @dataclass(frozen=True)
@@ -216,10 +235,39 @@ def select(tensors: Mapping[str, Tensor], config: OpenLlamaConfig, head: Head | 
         _check_shape(name, found[name], expected[name], problems)
     for name, tensor in inv_freq.items():
         _check_shape(name, tensor, (config.head_dim // 2,), problems)
-    problems.check()
+    problems.check(_hint(found, config))
     _check_inv_freq(inv_freq)
     _warn_unused(unused, found[EMBEDDING], config, head)
     return Weights({name: found[name] for name in expected if name in found}, head, layout, bare)
+
+
+def unwrap(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Remove ``WRAPPERS`` from all names; raises ``KeyMismatchError`` if two names become the same."""
+    names: dict[str, str] = {}
+    problems = Problems()
+    for name in tensors:
+        plain = _WRAPPED.sub("", name)
+        if plain in names:
+            problems.duplicate.append(f"{plain} (as {names[plain]} and {name})")
+        names[plain] = name
+    problems.check()
+    return {plain: tensors[name] for plain, name in names.items()}
+
+
+def without(tensors: Mapping[str, Tensor], patterns: Collection[str]) -> dict[str, Tensor]:
+    """The tensors whose names match none of the shell ``patterns``; warns of the others.
+
+    Raises ``InputError`` for a pattern that matches nothing.
+    """
+    ignored = {name for name in tensors for pattern in patterns if fnmatchcase(name, pattern)}
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in ignored):
+            raise InputError(
+                f"no weight matches {pattern!r}, which is to be ignored; the first is {next(iter(tensors))}"
+            )
+    if ignored:
+        warn(f"ignored, as asked: {listed(sorted(ignored))}")
+    return {name: tensor for name, tensor in tensors.items() if name not in ignored}
 
 
 def _rename(
@@ -228,16 +276,21 @@ def _rename(
     """Return the weights by their new full names, and the ``inv_freq`` tensors by their old names."""
     sources: dict[str, str] = {}
     inv_freq: dict[str, Tensor] = {}
+    buffers: list[str] = []
     for name, tensor in tensors.items():
         renamed = _translate(name, table)
-        if _pattern(name) == INV_FREQ:
+        if _pattern(name) in INV_FREQS:
             inv_freq[name] = tensor
+        elif _pattern(name) in BUFFERS:
+            buffers.append(name)
         elif renamed is None:
             problems.unknown.append(name)
         elif renamed in sources:
             problems.duplicate.append(f"{renamed} (as {sources[renamed]} and {name})")
         else:
             sources[renamed] = name
+    if buffers:
+        warn(f"{len(buffers)} buffers are not weights and are left out: {listed(buffers)}")
     return {renamed: tensors[name] for renamed, name in sources.items()}, inv_freq
 
 
@@ -272,6 +325,21 @@ def _check_shape(name: str, tensor: Tensor, expected: Shape, problems: Problems)
         problems.misshaped.append(f"{name} is {tuple(tensor.shape)}, the configuration implies {expected}")
     if tensor.dtype not in FLOATING:
         problems.not_floating.append(f"{name} is {tensor.dtype}")
+
+
+def _hint(found: Mapping[str, Tensor], config: OpenLlamaConfig) -> str:
+    """What to do about weights that do not fit ``config``."""
+    if config.use_stable_embedding and NORM not in found and EMBEDDING in found:
+        return (
+            "They have no stable embedding, as a plain LLaMA; its config.json says model_type llama, or "
+            "use_stable_embedding false and shared_input_output_embedding false"
+        )
+    if not config.use_stable_embedding and NORM in found:
+        return (
+            "They have a stable embedding, so they are an Open-Llama; its config.json says model_type open-llama, not "
+            "llama, and not use_stable_embedding false"
+        )
+    return "Does the config.json belong to them?"
 
 
 def _implied_inv_freq(head_dim: int) -> Tensor:

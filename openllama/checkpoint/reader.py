@@ -10,18 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import Tensor
 
 from openllama.checkpoint.adapters import is_adapter
 from openllama.checkpoint.files import Format, format_of, open_file
 from openllama.checkpoint.folders import check_whole
-from openllama.checkpoint.names import check_layers
+from openllama.checkpoint.hub import local_path
+from openllama.checkpoint.names import check_layers, unwrap
 from openllama.config import CONFIG_FILE, OpenLlamaConfig, read_json
 from openllama.errors import (
+    CheckpointError,
     CheckpointNotFoundError,
     CorruptCheckpointError,
     KeyMismatchError,
@@ -32,6 +36,7 @@ from openllama.errors import (
 SAFETENSORS_FILE, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE_FILE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 SEARCHED = (SAFETENSORS_FILE, SAFETENSORS_INDEX, PICKLE_FILE, PICKLE_INDEX)  # first found wins, as in HF
+GGML_MAGIC = (b"GGUF", b"lmgg", b"fmgg", b"tjgg", b"algg")  # llama.cpp's formats, newest first
 ALIGNMENT = 64  # bytes; torch allocates tensors at multiples of it
 MAX_ALIGNED_COPIES = 2**30  # bytes; copies stay in memory, the system can drop mapped pages
 
@@ -57,9 +62,12 @@ def open_checkpoint(
     ``CorruptCheckpointError``, ``UnsafePickleError``, ``KeyMismatchError`` (index and shards
     disagree, or there are far fewer weights than the configuration needs) or ``ConfigError``.
     """
-    path = Path(path)
+    path = local_path(path)
     if not path.exists():
-        raise CheckpointNotFoundError(f"{path}: no such file or folder; checkpoints are read from local disk only")
+        raise CheckpointNotFoundError(
+            f"{path}: no such file or folder; only `openllama convert ORG/NAME DST` reads from the hub"
+        )
+    _refuse_ggml(path)
     folder = path if path.is_dir() else path.parent
     check_whole(folder)
     if config is None and is_adapter(folder):
@@ -78,8 +86,26 @@ def open_checkpoint(
         files, tensors = _open_shards(source)
     else:
         files, tensors = (source,), open_file(source)
+    for file in files:
+        _add_aliases(file, tensors)
+    tensors = unwrap(tensors)
     check_layers(tensors, config)
     return Checkpoint(path, folder, files, format_of(files[0]), config, tensors)
+
+
+def _refuse_ggml(path: Path) -> None:
+    """Raise ``CheckpointError`` for a file of llama.cpp, and for a folder whose only weights are such files."""
+    files = [path] if path.is_file() else []
+    if path.is_dir() and not any((path / name).is_file() for name in SEARCHED):
+        files = [file for file in path.iterdir() if fnmatch(file.name, "*.gguf") or fnmatch(file.name, "ggml*.bin")]
+    for file in files:
+        with file.open("rb") as opened:
+            magic = opened.read(4)
+        if magic in GGML_MAGIC or file.suffix == ".gguf":
+            raise CheckpointError(
+                f"{file} is a file of llama.cpp (GGUF or ggml) with usually rounded numbers; this package reads the "
+                "checkpoint that it was made from"
+            )
 
 
 def aligned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -102,6 +128,16 @@ def _find_weights(folder: Path) -> Path:
     others = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth"))
     hint = f"; it has {listed(others)}: pass the file itself, or add the missing index" if others else ""
     raise CheckpointNotFoundError(f"{folder} holds none of {', '.join(SEARCHED)}{hint}")
+
+
+def _add_aliases(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Add the names of shared weights that ``safetensors.torch.save_model`` keeps in the metadata of a file."""
+    if format_of(file) == "safetensors":
+        with safe_open(file, "numpy") as opened:
+            metadata = opened.metadata() or {}
+        tensors |= {
+            alias: tensors[name] for alias, name in metadata.items() if name in tensors and alias not in tensors
+        }
 
 
 # ---- shards

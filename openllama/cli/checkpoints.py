@@ -23,7 +23,7 @@ PROMPT = "Attention is all you need. 春江潮水连海平，海上明月共潮�
 
 def add_commands(commands: Commands) -> None:
     command = commands.add_parser("convert", help="convert a checkpoint to safetensors, or for other programs")
-    command.add_argument("src", type=Path, help="folder in HF or native layout, or a .pt/.pth/.bin state dict")
+    command.add_argument("src", help="folder in HF or native layout, .pt/.pth/.bin state dict, or ORG/NAME on the hub")
     command.add_argument("dst", type=Path, help="folder to create; with --to gguf a file, DST.gguf")
     command.add_argument(
         "--to",
@@ -34,6 +34,14 @@ def add_commands(commands: Commands) -> None:
     command.add_argument("--config", type=Path, help="config.json for a state dict whose folder has none")
     command.add_argument(
         "--dtype", choices=(*DTYPES, Q8_0), help="cast the weights (q8_0: gguf only); default: keep their type"
+    )
+    command.add_argument("--revision", help="branch, tag or commit of ORG/NAME (default: main)")
+    command.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave out weights whose names match, e.g. '*.value_head.*'; may be repeated",
     )
     command.add_argument("--max-shard-size", default="5GB", help="largest file, e.g. 500MB (default: %(default)s)")
     command.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
@@ -69,6 +77,8 @@ def _convert(options: argparse.Namespace) -> None:
         to=options.to,
         config=options.config,
         dtype=options.dtype,
+        ignore=options.ignore,
+        revision=options.revision,
         max_shard_size=options.max_shard_size,
         overwrite=options.overwrite,
     )

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from openllama.checkpoint.hub import local_path
 from openllama.errors import InputError
 from openllama.generation import LogitsProcessor
 from openllama.interface import OpenLlamaForCausalLM
@@ -32,6 +33,7 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
 
 def load(options: argparse.Namespace) -> tuple[OpenLlamaForCausalLM, OpenLlamaTokenizer]:
     """Load the model and the tokenizer from the folder that the command names."""
+    options.dir = local_path(options.dir)
     try:
         torch.empty(0, device=options.device)
     except (RuntimeError, AssertionError) as error:

@@ -77,7 +77,7 @@ class OpenLlamaTokenizer(Vocabulary):
         ``overrides`` are arguments of the constructor; they override the files. ``folder`` can also be the
         path of a ``.model`` file; then no JSON file is read.
         """
-        path = Path(folder)
+        path = Path(folder).expanduser()
         if path.is_file():
             return cls(path, **overrides)
         arguments = files.read_folder(path)
