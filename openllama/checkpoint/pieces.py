@@ -64,7 +64,8 @@ def pieces(source: Source, read: Callable[[Tensor], Tensor] = lambda part: part)
 def ahead(items: Iterator[T], count: int = 2) -> Iterator[T]:
     """The same items, made by another thread while earlier ones are used; at most ``count`` are waiting."""
     end: Any = object()
-    with ThreadPoolExecutor(1) as thread:
+    # This thread does not share its work with torch's others: they have the other part of the work.
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as thread:
         waiting = deque(thread.submit(next, items, end) for _ in range(count))
         while (item := waiting.popleft().result()) is not end:
             waiting.append(thread.submit(next, items, end))
