@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 MAX_ENTRIES = 10  # of a list in a message
 MAX_MESSAGE = 4000  # characters
+_HEARD: list[list[str]] = []
 
 
 def listed(entries: Collection[str], separator: str = ", ") -> str:
@@ -28,7 +30,20 @@ def warn(message: str) -> None:
     frame, level = inspect.currentframe(), 1
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("openllama", "torch"):
         frame, level = frame.f_back, level + 1
+    for messages in _HEARD:
+        messages.append(message)
     warnings.warn(printable(message), stacklevel=level)
+
+
+@contextmanager
+def heard() -> Iterator[list[str]]:
+    """A list to which every warning of this package is added until the block ends; it is shown as ever."""
+    messages: list[str] = []
+    _HEARD.append(messages)
+    try:
+        yield messages
+    finally:
+        _HEARD.remove(messages)
 
 
 class OpenLlamaError(Exception):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from openllama.checkpoint import convert, verify
-from openllama.checkpoint.archives import check_sums, read_records
+from openllama.checkpoint.archives import checked_sha256, read_records
 from openllama.checkpoint.files import open_file
 from openllama.errors import CorruptCheckpointError
 from tests.checkpoints import assert_same_tensors, hf_weights, tiny_config, write_checkpoint
@@ -170,10 +170,10 @@ def test_one_flipped_bit_is_found(tmp_path: Path) -> None:
     config = tiny_config()
     write_checkpoint(tmp_path / "src", hf_weights(config), config)
     path = tmp_path / "src" / "pytorch_model.bin"
-    check_sums([path])
+    checked_sha256(path)
     flip(path, "data/3")
     for check in (
-        lambda: check_sums([path]),
+        lambda: checked_sha256(path),
         lambda: verify(tmp_path / "src"),
         lambda: convert(tmp_path / "src", tmp_path / "dst", progress=False),
     ):
@@ -196,5 +196,5 @@ def test_archives_without_checksums(tmp_path: Path) -> None:
     finally:
         torch.serialization.set_crc32_options(True)
     with pytest.warns(UserWarning, match="holds no checksums"):
-        check_sums([tmp_path / "x.bin"])
+        checked_sha256(tmp_path / "x.bin")
     assert_same_tensors(open_file(tmp_path / "x.bin"), WEIGHTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from fnmatch import fnmatchcase
 from os import PathLike
 from pathlib import Path
 
@@ -10,22 +11,22 @@ import torch
 
 import openllama
 from openllama.checkpoint.adapters import convert_adapter, is_adapter
-from openllama.checkpoint.archives import check_sums
-from openllama.checkpoint.export import export
+from openllama.checkpoint.export import Export, export
 from openllama.checkpoint.folders import check_destination, contents, finished_folder, remains
-from openllama.checkpoint.gguf import write_gguf
+from openllama.checkpoint.gguf import Q8_0, write_gguf
 from openllama.checkpoint.hub import fetch, local_path
-from openllama.checkpoint.names import floating_dtype, select, without
+from openllama.checkpoint.names import Weights, floating_dtype, is_buffer, select, without
 from openllama.checkpoint.progress import ShownProgress
-from openllama.checkpoint.reader import open_checkpoint
-from openllama.checkpoint.reports import Nonfinite, check_tokenizer
+from openllama.checkpoint.reader import Checkpoint, open_checkpoint
+from openllama.checkpoint.record import RECORD_FILE, Record, SourceSums
+from openllama.checkpoint.reports import check_tokenizer, remarks, warn_of_numbers
 from openllama.checkpoint.source import SourceFiles
 from openllama.checkpoint.writer import OURS, Resume, write_weights
 from openllama.config import CONFIG_FILE, OpenLlamaConfig, read_limited, write_json
-from openllama.errors import CorruptCheckpointError, DestinationExistsError
+from openllama.errors import CorruptCheckpointError, DestinationExistsError, heard
 from openllama.tokenizer.files import MAX_MODEL
 
-RECORD = "verified.json"
+RESUME_FILE = "verified.json"  # beside the folder that is written
 TOKENIZER_JSON = "tokenizer.json"
 COPIED = (
     "tokenizer.model",
@@ -34,6 +35,7 @@ COPIED = (
     "added_tokens.json",
     "generation_config.json",
 )
+REPLACED = (*OURS, *COPIED, TOKENIZER_JSON, RECORD_FILE)
 
 
 def convert(
@@ -69,47 +71,72 @@ def convert(
     src = fetch(src, revision)
     if is_adapter(src):
         return convert_adapter(src, dst, to, dtype=dtype, overwrite=overwrite)
-    source = open_checkpoint(src, config)
-    weights, nonfinite = select(without(source.tensors, ignore), source.config), Nonfinite()
-    if to == "gguf":
-        return write_gguf(source, weights, dst, dtype=dtype, overwrite=overwrite, progress=progress)
-    dtype = floating_dtype(dtype)
-    _check_places(src, dst, overwrite)
-    check_tokenizer(source.folder, source.config.vocab_size)
-    exported = export(to, weights, source.config, dtype, source.folder)
-    check_sums(source.files)
+    cast_to = None if (to, dtype) == ("gguf", Q8_0) else floating_dtype(dtype)
+    with heard() as warnings:
+        source = open_checkpoint(src, config)
+        weights = select(without(source.tensors, ignore), source.config)
+        if to == "gguf":
+            return write_gguf(source, weights, dst, dtype=dtype, overwrite=overwrite, progress=progress)
+        _check_places(src, dst, overwrite)
+        check_tokenizer(source.folder, source.config.vocab_size)
+        exported = export(to, weights, source.config, cast_to, source.folder)
+        record = Record(to, _name(cast_to), _left_out(source, weights, ignore), warnings)
+        warnings += remarks(weights, source.config)
+        with finished_folder(dst, REPLACED, resume=True) as folder:
+            _fill_folder(folder, source, exported, record, max_shard_size, progress)
+
+
+def _fill_folder(
+    folder: Path, source: Checkpoint, exported: Export, record: Record, max_shard_size: int | str, progress: bool
+) -> None:
+    """Write all files of a converted checkpoint, conversion.json last."""
+    for name in COPIED:
+        if (source.folder / name).is_file():
+            content = read_limited(source.folder / name, MAX_MODEL, CorruptCheckpointError)
+            (folder / name).write_bytes(content)
+    for name, values in exported.files.items():
+        write_json(folder / name, values)
     total = sum(tensor.nbytes for tensor in exported.tensors.values())
-    replaced = (*OURS, *COPIED, TOKENIZER_JSON)
-    with SourceFiles(source.files) as files, finished_folder(dst, replaced, resume=True) as folder:
-        for name in COPIED:
-            if (source.folder / name).is_file():
-                content = read_limited(source.folder / name, MAX_MODEL, CorruptCheckpointError)
-                (folder / name).write_bytes(content)
-        for name, values in exported.files.items():
-            write_json(folder / name, values)
-        write_weights(
+    with SourceFiles(source.files) as files, SourceSums(source.files) as sums:
+        written = write_weights(
             folder,
             exported.tensors,
             max_shard_size=max_shard_size,
             progress=ShownProgress(total) if progress else None,
             read=files.read,
-            look=nonfinite.look,
             file_format=exported.file_format,
-            resume=Resume(folder.parent / RECORD, _made_from(files, source.config, dtype, to)),
+            resume=Resume(folder.parent / RESUME_FILE, _made_from(files, source.config, record)),
         )
         files.check_unchanged()
-    nonfinite.warn()
+        warn_of_numbers(written)
+        record.write(folder, sums.results(), exported.tensors, written)
 
 
-def _made_from(files: SourceFiles, config: OpenLlamaConfig, dtype: torch.dtype | None, to: str) -> dict[str, object]:
+def _left_out(source: Checkpoint, weights: Weights, ignore: Collection[str]) -> dict[str, str]:
+    """Why weights of the source are not in the result, by their names."""
+    used = {id(tensor) for tensor in weights.tensors.values()}
+    reasons = {}
+    for name, tensor in source.tensors.items():
+        if any(fnmatchcase(name, pattern) for pattern in ignore):
+            reasons[name] = "was to be ignored"
+        elif id(tensor) not in used:
+            reasons[name] = "follows from the configuration" if is_buffer(name) else "is not used by this model"
+    return reasons
+
+
+def _made_from(files: SourceFiles, config: OpenLlamaConfig, record: Record) -> dict[str, object]:
     """All that the written bytes depend on, beside the names, types and shapes that are in each file's header."""
     return {
         "version": openllama.__version__,
         "source": files.identity(),
         "config": config.to_dict(),
-        "dtype": str(dtype),
-        "to": to,
+        "dtype": record.dtype,
+        "to": record.to,
     }
+
+
+def _name(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def _check_places(src: Path, dst: Path, overwrite: bool) -> None:

@@ -316,6 +316,11 @@ def _pattern(name: str) -> str:
     return _LAYER_NUMBER.sub("N", _full(name))
 
 
+def is_buffer(name: str) -> bool:
+    """Whether it is the name of a table or mask that follows from the configuration."""
+    return _pattern(name) in (*INV_FREQS, *BUFFERS)
+
+
 def _is_bare(names: Collection[str]) -> bool:
     return not any(name in HEADS or name.startswith(PREFIX) for name in names)
 

@@ -91,6 +91,11 @@ def count_nonfinite(piece: Tensor) -> int:
     return piece.numel() - int(piece.isfinite().sum())
 
 
+def count_subnormal(piece: Tensor) -> int:
+    """Numbers too small for the full precision of their type, but not zero."""
+    return int(((piece.abs() < torch.finfo(piece.dtype).tiny) & (piece != 0)).count_nonzero())
+
+
 def as_bytes(piece: Tensor) -> Tensor:
     """The bytes of a contiguous tensor, with a last dimension for those of one number."""
     # view needs a last stride of 1: a new dimension has it, an old one may not.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 
 import openllama
-from openllama.checkpoint.pieces import as_bytes, pieces
+from openllama.checkpoint.archives import checked_sha256
+from openllama.checkpoint.pieces import Source, as_bytes, pieces
+from openllama.checkpoint.writer import Written
 from openllama.config import read_json, write_json
 from openllama.errors import CorruptCheckpointError, listed
 
@@ -22,29 +25,63 @@ RECORD_FILE = "conversion.json"
 
 @dataclass(frozen=True)
 class Record:
-    """One conversion. Paths are names of files alone: a record tells nothing about the machine."""
+    """One conversion. Files are named without their folders: a record tells nothing about the machine."""
 
-    source: dict[str, dict[str, int | str]]  # file -> {"bytes", "sha256"}
     to: str
     dtype: str | None  # the type that weights were cast to; None: each has kept its own
-    weights: dict[str, dict[str, Any]]  # name in the files -> {"dtype", "shape", "sha256"}
     left_out: dict[str, str] = field(default_factory=dict)  # name in the source -> why
     warnings: list[str] = field(default_factory=list)
-    versions: dict[str, str] = field(default_factory=lambda: dict(VERSIONS))
 
-    def write(self, folder: Path) -> None:
-        write_json(folder / RECORD_FILE, asdict(self))
+    def write(
+        self,
+        folder: Path,
+        source: Mapping[str, Mapping[str, int | str]],
+        tensors: Mapping[str, Source],
+        written: Mapping[str, Written],
+    ) -> None:
+        """Write conversion.json; ``source``: as of ``SourceSums.results``, ``written``: as of ``write_weights``."""
+        versions = {"openllama": openllama.__version__, "torch": torch.__version__, "python": platform.python_version()}
+        weights = {
+            name: _entry(tensor, written[name].sha256) | _counts(written[name]) for name, tensor in tensors.items()
+        }
+        write_json(
+            folder / RECORD_FILE, {"versions": versions, **asdict(self), "source": dict(source), "weights": weights}
+        )
 
 
-VERSIONS = {
-    "openllama": openllama.__version__,
-    "torch": torch.__version__,
-    "python": platform.python_version(),
-}
+def _entry(tensor: Source, sha256: str) -> dict[str, Any]:
+    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape), "sha256": sha256}
 
 
-def weight_entry(dtype: torch.dtype, shape: torch.Size, sha256: str) -> dict[str, Any]:
-    return {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape), "sha256": sha256}
+def _counts(written: Written) -> dict[str, int]:
+    """What is worth knowing of the numbers of a weight: how many are NaN or infinite, how many subnormal."""
+    counts = {"not_finite": written.not_finite, "subnormal": written.subnormal}
+    return {name: count for name, count in counts.items() if count}
+
+
+class SourceSums:
+    """The SHA-256 of files, computed by a thread while others read the same files: what is hashed is in memory then."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self.files = tuple(files)
+        self.stopped = False
+        self.thread = ThreadPoolExecutor(1)
+        self.sums = [self.thread.submit(checked_sha256, file, self._go_on) for file in self.files]
+
+    def __enter__(self) -> SourceSums:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stopped = True
+        self.thread.shutdown(cancel_futures=True)
+
+    def results(self) -> dict[str, dict[str, int | str]]:
+        """Size and SHA-256 by the files' names; raises ``CorruptCheckpointError`` for one that is damaged."""
+        pairs = zip(self.files, self.sums, strict=True)
+        return {file.name: {"bytes": file.stat().st_size, "sha256": of.result()} for file, of in pairs}
+
+    def _go_on(self) -> bool:
+        return not self.stopped
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -68,7 +105,7 @@ def check_record(folder: Path, tensors: Mapping[str, Tensor]) -> bool:
     if found is None:
         return False
     entries = found["weights"]
-    changed = [name for name in tensors if name not in entries or entries[name] != _entry(tensors[name])]
+    changed = [name for name in tensors if not _is_as_recorded(tensors[name], entries.get(name, {}))]
     if changed := changed + sorted(entries.keys() - tensors.keys()):
         raise CorruptCheckpointError(
             f"{folder}: {listed(changed)} changed since the conversion that {RECORD_FILE} records; convert again, or "
@@ -77,8 +114,9 @@ def check_record(folder: Path, tensors: Mapping[str, Tensor]) -> bool:
     return True
 
 
-def _entry(tensor: Tensor) -> dict[str, Any]:
+def _is_as_recorded(tensor: Tensor, entry: Mapping[str, Any]) -> bool:
     total = hashlib.sha256()
     for piece in pieces(tensor):
         total.update(as_bytes(piece).numpy().data)
-    return weight_entry(tensor.dtype, tensor.shape, total.hexdigest())
+    found = _entry(tensor, total.hexdigest())
+    return found == {key: entry.get(key) for key in found}

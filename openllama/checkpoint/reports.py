@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
-
-from openllama.checkpoint.pieces import count_nonfinite
-from openllama.errors import TokenizerError, warn
+from openllama.checkpoint.names import EMBEDDING, Weights
+from openllama.checkpoint.writer import Written
+from openllama.config import OpenLlamaConfig
+from openllama.errors import TokenizerError, listed, warn
 from openllama.tokenizer import OpenLlamaTokenizer
 
 TOKENIZER_MODEL, TOKENIZER_JSON = "tokenizer.model", "tokenizer.json"
 
 
-class Nonfinite:
-    """Counts numbers that are NaN or infinite, by weight."""
+def warn_of_numbers(written: Mapping[str, Written]) -> None:
+    """Name the weights that hold NaN or infinity, if there are any."""
+    names = [f"{name} ({of.not_finite:,})" for name, of in written.items() if of.not_finite]
+    if names:
+        warn(
+            f"the result holds NaN or infinity: {listed(names)}; compare with `openllama inspect --stats` of the source"
+        )
 
-    def __init__(self) -> None:
-        self.found: Counter[str] = Counter()
 
-    def look(self, name: str, piece: Tensor) -> None:
-        if count := count_nonfinite(piece):
-            self.found[name] += count
-
-    def warn(self) -> None:
-        """Name the weights, if there are any."""
-        if self.found:
-            names = [f"{name} ({count:,})" for name, count in self.found.items()]
-            more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-            warn(f"the source holds NaN or infinity, and so does the result: {', '.join(names[:10])}{more}")
+def remarks(weights: Weights, config: OpenLlamaConfig) -> list[str]:
+    """What is unusual but no fault, for the record alone: a row of padding that is not zero."""
+    row = config.padding_idx
+    if row is None or not weights.tensors[EMBEDDING][row].any():
+        return []
+    return [f"row {row} of {EMBEDDING}, of pad_token_id, is not zero: the model was trained with another padding id"]
 
 
 def check_tokenizer(folder: Path, vocab_size: int) -> None:

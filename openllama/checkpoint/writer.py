@@ -15,31 +15,30 @@ import os
 import re
 import shutil
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BufferedWriter, FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from openllama.checkpoint.files import DTYPES
 from openllama.checkpoint.folders import write_whole
-from openllama.checkpoint.pieces import Computed, Source, ahead, as_bytes, pieces
+from openllama.checkpoint.pieces import Computed, Source, ahead, as_bytes, count_nonfinite, count_subnormal, pieces
 from openllama.checkpoint.progress import Progress
 from openllama.checkpoint.reader import ALIGNMENT, SAFETENSORS_FILE, SAFETENSORS_INDEX
 from openllama.config import CONFIG_FILE, NATIVE_TYPE
-from openllama.errors import CheckpointError, CorruptCheckpointError, InputError
+from openllama.errors import CheckpointError, CorruptCheckpointError, InputError, listed
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 OURS = (CONFIG_FILE, SAFETENSORS_FILE, SAFETENSORS_INDEX, "model-?????-of-?????.safetensors")
-Sums: TypeAlias = "dict[str, str]"  # of tensors by name, in hexadecimal
 CHUNK = 2**23  # bytes that are read back at once
 SYNCED = 2**27  # bytes after which the disk is made to write
-Look: TypeAlias = "Callable[[str, Tensor], object]"  # called with a weight's name and a piece of it
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 
@@ -68,6 +67,17 @@ def plan_shards(tensors: Mapping[str, Source], max_bytes: int) -> dict[str, list
     return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
+class Written(NamedTuple):
+    """What is in the file of one tensor."""
+
+    sha256: str  # of its bytes, in hexadecimal
+    not_finite: int  # numbers that are NaN or infinite
+    subnormal: int  # numbers too small for the full precision of the type that they were cast to
+
+
+Files: TypeAlias = "dict[str, dict[str, Written]]"  # by file and tensor
+
+
 @dataclass(frozen=True)
 class Resume:
     """Where it is recorded which files are verified, and what they were made from (JSON): source, types, settings."""
@@ -75,16 +85,18 @@ class Resume:
     record: Path
     made_from: object
 
-    def files(self) -> dict[str, Sums]:
+    def files(self) -> Files:
         """Sums of the files that an earlier run wrote from the same source and verified."""
         try:
             record = json.loads(self.record.read_text(encoding="utf-8"))
-            files = {file: dict(sums) for file, sums in record["files"].items()}
+            files = {
+                file: {name: Written(*of) for name, of in tensors.items()} for file, tensors in record["files"].items()
+            }
             return files if record["made_from"] == json.loads(json.dumps(self.made_from)) else {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return {}
 
-    def write(self, files: Mapping[str, Sums]) -> None:
+    def write(self, files: Files) -> None:
         write_whole(self.record, json.dumps({"made_from": self.made_from, "files": files}))
 
 
@@ -95,16 +107,15 @@ def write_weights(
     max_shard_size: int | str = "5GB",
     progress: Progress | None = None,
     read: Callable[[Tensor], Tensor] = lambda part: part,
-    look: Look = lambda name, piece: None,
     file_format: str = NATIVE_TYPE,
     resume: Resume | None = None,
-) -> Sums:
+) -> dict[str, Written]:
     """Write ``tensors`` into ``folder``; each file is read back from the disk and compared before the next is begun.
 
-    Returns the SHA-256 of each tensor's bytes. ``read`` gives the numbers of a part of a tensor; ``look`` is called
-    with each piece before it is written. ``file_format`` is stored in the header: transformers reads "pt" alone, and
-    would give weights whose names it does not know random values. With ``resume``, files in ``folder`` that the record
-    names are compared with it and kept, and other files of weights are removed.
+    Returns what was written of each tensor. ``read`` gives the numbers of a part of a tensor. ``file_format`` is stored
+    in the header: transformers reads "pt" alone, and would give weights whose names it does not know random values.
+    With ``resume``, files in ``folder`` that the record names are compared with it and kept, and other files of
+    weights are removed.
 
     Raises ``OSError`` if the disk is full, ``CheckpointError`` if a number does not fit the type it is cast to,
     ``CorruptCheckpointError`` if a file differs when it is read again.
@@ -114,28 +125,28 @@ def write_weights(
     total = sum(tensor.nbytes for tensor in tensors.values())
     verified = _find_verified(folder, shards, resume)
     _check_space(folder, total - sum((folder / file).stat().st_size for file in verified))
-    sums: Sums = {}
+    written: dict[str, Written] = {}
     for file, names in shards.items():
         job = _File(folder / file, {name: tensors[name] for name in names}, file_format, progress)
         if file not in verified or not job.is_kept(verified[file]):
-            verified[file] = job.write_and_compare(read, look)
+            verified[file] = job.write_and_compare(read)
             if resume:
                 resume.write(verified)
-        sums |= verified[file]
+        written |= verified[file]
     if len(shards) > 1:
         weight_map = {name: file for file, names in shards.items() for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     progress.close()
-    return sums
+    return written
 
 
-def _find_verified(folder: Path, shards: Mapping[str, object], resume: Resume | None) -> dict[str, Sums]:
+def _find_verified(folder: Path, shards: Mapping[str, object], resume: Resume | None) -> Files:
     """Files that ``resume`` names and that are to be written again; other files of weights are removed."""
     if resume is None:
         return {}
     found = {file.name for file in folder.glob("*.safetensors")}
-    verified = {file: sums for file, sums in resume.files().items() if file in found and file in shards}
+    verified = {file: tensors for file, tensors in resume.files().items() if file in found and file in shards}
     for file in found - verified.keys():
         (folder / file).unlink()
     return verified
@@ -160,55 +171,61 @@ class _File:
         self.nbytes = sum(tensor.nbytes for tensor in tensors.values())
         self.progress = progress
 
-    def write_and_compare(self, read: Callable[[Tensor], Tensor], look: Look) -> Sums:
-        """Write the file, read it again, return the SHA-256 of each tensor; after an error there is no file."""
+    def write_and_compare(self, read: Callable[[Tensor], Tensor]) -> dict[str, Written]:
+        """Write the file and read it again; after an error there is no file."""
         try:
-            sums = self._write(read, look)
-            self.compare(sums)
+            written = self._write(read)
+            self.compare(written)
         except BaseException:
             self.path.unlink(missing_ok=True)
             raise
-        return sums
+        return written
 
-    def _write(self, read: Callable[[Tensor], Tensor], look: Look) -> Sums:
-        """Write the file and return the SHA-256 of each tensor; the disk has it when this returns.
+    def _write(self, read: Callable[[Tensor], Tensor]) -> dict[str, Written]:
+        """Write the file; the disk has it when this returns.
 
         One thread reads and casts, this one hashes and writes, a third waits for the disk.
         """
         self.progress.begin("write", self.path.name, self.nbytes)
         hashes = {name: hashlib.sha256() for name in self.tensors}
+        not_finite: Counter[str] = Counter()
+        subnormal: Counter[str] = Counter()
         try:
             with self.path.open("wb") as file, _Disk(file) as disk:
                 file.write(self.header)
-                for name, piece in ahead(self._pieces(read, look)):
+                for name, piece, counts in ahead(self._pieces(read)):
                     file.write(_raw(piece))
                     hashes[name].update(_raw(piece))
+                    not_finite[name] += counts[0]
+                    subnormal[name] += counts[1]
                     disk.wrote(piece.nbytes)
                     self.progress.tick(piece.nbytes)
         except OSError as error:
             error.filename = error.filename or str(self.path)  # a failed write does not name its file
             raise
-        return {name: value.hexdigest() for name, value in hashes.items()}
+        return {name: Written(of.hexdigest(), not_finite[name], subnormal[name]) for name, of in hashes.items()}
 
-    def _pieces(self, read: Callable[[Tensor], Tensor], look: Look) -> Iterator[tuple[str, Tensor]]:
+    def _pieces(self, read: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor, tuple[int, int]]]:
+        """Each tensor's name and pieces, and how many numbers are not finite or, after a cast, subnormal."""
         for name, tensor in self.tensors.items():
+            is_cast = isinstance(tensor, Computed)
             for piece in pieces(tensor, read):
-                if isinstance(tensor, Computed) and piece.dtype == torch.float16 and piece.isinf().any():
+                not_finite = count_nonfinite(piece)
+                if is_cast and piece.dtype == torch.float16 and not_finite and piece.isinf().any():
                     raise CheckpointError(f"{name} holds numbers too large for float16 (above 65504); use bfloat16")
-                look(name, piece)
-                yield name, piece
+                yield name, piece, (not_finite, count_subnormal(piece) if is_cast else 0)
 
-    def is_kept(self, sums: Sums) -> bool:
+    def is_kept(self, written: Mapping[str, Written]) -> bool:
         """Whether the file that an earlier run wrote is whole."""
         try:
-            self.compare(sums)
+            self.compare(written)
         except CorruptCheckpointError:
             return False
         self.progress.skip(self.nbytes)
         return True
 
-    def compare(self, sums: Sums) -> None:
-        """Read the file again and raise ``CorruptCheckpointError`` unless it has the header and these SHA-256 sums."""
+    def compare(self, written: Mapping[str, Written]) -> None:
+        """Read the file again and raise ``CorruptCheckpointError`` unless it has the header and the SHA-256 sums."""
         self.progress.begin("compare", self.path.name, self.nbytes)
         hashes = {name: hashlib.sha256() for name in self.tensors}
         with self.path.open("rb", buffering=0) as file:
@@ -219,9 +236,10 @@ class _File:
             for name, data in ahead(self._read_back(file)):
                 hashes[name].update(data)
                 self.progress.tick(len(data))
-        if wrong := [name for name, value in hashes.items() if value.hexdigest() != sums.get(name)]:
-            what = ", ".join(wrong[:10])
-            raise CorruptCheckpointError(f"{self.path}: {what} differs when read again; is the disk or memory failing?")
+        if wrong := [name for name, of in hashes.items() if name not in written or of.hexdigest() != written[name][0]]:
+            raise CorruptCheckpointError(
+                f"{self.path}: {listed(wrong)} differs when read again; is the disk or memory failing?"
+            )
 
     def _read_back(self, file: FileIO) -> Iterator[tuple[str, bytes]]:
         for name, tensor in self.tensors.items():
