@@ -93,7 +93,9 @@ def test_any_sharding_gives_the_same_weights(
 
 def test_what_comes_along(source: Path, tmp_path: Path) -> None:
     run(source, tmp_path / "native")
-    assert {path.name for path in (tmp_path / "native").iterdir()} == {"config.json", "model.safetensors", *COPIED}
+    assert {path.name for path in (tmp_path / "native").iterdir()} == {
+        "config.json", "model.safetensors", "conversion.json", *COPIED
+    }  # fmt: skip
     for name in COPIED:
         assert (tmp_path / "native" / name).read_bytes() == (source / name).read_bytes()
     values = json.loads((tmp_path / "native" / "config.json").read_text())
@@ -239,7 +241,8 @@ def test_destination_that_exists(source: Path, tmp_path: Path) -> None:
     (source / "added_tokens.json").unlink()
     run(source, tmp_path / "native", overwrite=True)
     names = {path.name for path in (tmp_path / "native").iterdir()}
-    assert names == {"config.json", "model.safetensors", "notes.txt", *COPIED} - {"added_tokens.json"}
+    ours = {"config.json", "model.safetensors", "conversion.json", *COPIED} - {"added_tokens.json"}
+    assert names == {*ours, "notes.txt"}
 
 
 def test_folder_that_is_no_checkpoint_is_not_replaced(source: Path, tmp_path: Path) -> None:

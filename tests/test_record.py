@@ -23,7 +23,9 @@ NORM = "model.norm.weight"
 
 @pytest.fixture(name="source")
 def source_folder(tmp_path: Path) -> Path:
-    return write_checkpoint(tmp_path / "hf", hf_weights(CONFIG), CONFIG, "pickle shards")
+    weights = hf_weights(CONFIG)
+    weights["model.embed_tokens.weight"][CONFIG.padding_idx] = 0
+    return write_checkpoint(tmp_path / "hf", weights, CONFIG, "pickle shards")
 
 
 def record_of(folder: Path) -> dict[str, Any]:
@@ -55,7 +57,7 @@ def test_a_record_says_what_is_unusual(tmp_path: Path) -> None:
     weights = hf_weights(CONFIG)
     weights[NORM][:2] = torch.tensor([float("nan"), float("inf")])
     weights["model.layers.0.mlp.up_proj.weight"][0, :3] = torch.tensor([1e-6, 2e-6, 0])
-    weights["model.embed_tokens.weight"][CONFIG.pad_token_id] = 1.0
+    weights["model.embed_tokens.weight"][CONFIG.padding_idx] = 1.0
     weights["extra.weight"] = torch.ones(2)
     write_checkpoint(tmp_path / "hf", weights, CONFIG)
     with pytest.warns(UserWarning, match="NaN or infinity") as shown:
