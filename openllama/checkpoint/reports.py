@@ -18,9 +18,7 @@ def warn_of_numbers(written: Mapping[str, Written]) -> None:
     """Name the weights that hold NaN or infinity, if there are any."""
     names = [f"{name} ({of.not_finite:,})" for name, of in written.items() if of.not_finite]
     if names:
-        warn(
-            f"the result holds NaN or infinity: {listed(names)}; compare with `openllama inspect --stats` of the source"
-        )
+        warn(f"the result holds NaN or infinity: {listed(names)}")
 
 
 def remarks(weights: Weights, config: OpenLlamaConfig) -> list[str]:
