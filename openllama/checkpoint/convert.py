@@ -43,9 +43,11 @@ def convert(
 
     ``config`` replaces the config.json of ``src``. ``dtype`` (e.g. "bfloat16") casts the weights; None
     keeps every bit. The files of the tokenizer and of the generation config are copied. Tensors are
-    processed in pieces, so memory use does not grow with the model. The result is compared with the
-    source before it appears as ``dst``; after an error ``dst`` is unchanged. Raises ``CheckpointError``
-    or a subclass of it, ``ConfigError``, or ``OSError`` if the disk is full.
+    processed in pieces, so memory use does not grow with the model. Each file is read back from the disk
+    and compared before the result appears as ``dst``; after an error ``dst`` is unchanged. After
+    Ctrl-C, ``SystemExit`` or a kill, the next call with the same arguments keeps the files that are
+    verified. Raises ``CheckpointError`` or a subclass of it, ``ConfigError``, or ``OSError`` if the disk
+    is full.
     """
     src, dst, dtype = Path(src), Path(dst), floating_dtype(dtype)
     _check_places(src, dst, overwrite)
