@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="of each kind (default: %(default)s)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        expected_shapes(OpenLlamaConfig(num_hidden_layers=1))  # torch imports some parts of itself late, in seconds
         source = Path(name, "source")
         source.mkdir()
         write_source(source, options.gigabytes)

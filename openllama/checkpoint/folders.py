@@ -244,7 +244,7 @@ def _journal(work: Path) -> dict[str, list[str]]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptCheckpointError(f"{path} is damaged: {error}; look what is in {work} and remove it") from error
     linked = [part for part in (work, work / NEW, work / OLD) if part.is_symlink()]
-    if linked or any(name != Path(name).name for name in (*names["out"], *names["in"])):
+    if linked or any(name != Path(name).name or name in ("", "..") for name in (*names["out"], *names["in"])):
         raise CorruptCheckpointError(f"{path} leads out of its folder; this package did not write it: remove {work}")
     return names
 
