@@ -159,7 +159,7 @@ def _weight(name: str, parts: list[Tensor], head_dim: int) -> tuple[str, Tensor]
 
 
 def _config(params: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Fields of a LLaMA's config.json. Sizes that the parameters leave open, or give as -1, are those of the weights."""
+    """Fields of a LLaMA's config.json; vocabulary (often -1 in the parameters) and MLP are as large as the weights."""
     values = {hf: params[meta] for meta, hf in PARAMS_TO_HF.items() if params.get(meta) is not None}
     sizes = {"vocab_size": "model.embed_tokens.weight", "intermediate_size": "model.layers.0.mlp.gate_proj.weight"}
     for field, name in sizes.items():
