@@ -28,6 +28,7 @@ PUBLIC = {  # module -> its public names, in the order of the page
     "score Score",
     "openllama.generation.text": "stream_text decoded until stop_at score_texts",
     "openllama.tokenizer": "AddedToken Encoding StreamDecoder",
+    "openllama.surgery": "extend_vocabulary",
     "openllama.checkpoint": "convert convert_adapter verify diff inspect open_checkpoint hf_to_native native_to_hf "
     "expected_shapes Checkpoint Comparison Inspection Verification",
     "openllama.cache": "GrowingCache PreallocatedCache Cache KeyValue",

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openllama import OpenLlamaForCausalLM, OpenLlamaForSequenceClassification, OpenLlamaModel
+from openllama import OpenLlamaConfig, OpenLlamaForCausalLM, OpenLlamaForSequenceClassification, OpenLlamaModel
 from openllama.checkpoint.names import (
     HF_TO_NATIVE,
     NATIVE_TO_HF,
@@ -69,6 +69,17 @@ def test_renaming_there_and_back_changes_nothing(config, head) -> None:
     assert_same_tensors(again, {**native, "lm_head.weight": hf["lm_head.weight"]} if tied else native)
     assert all(hf[name].data_ptr() == tensor.data_ptr() for name, tensor in native_to_hf(again, config).items()
                if "inv_freq" not in name)  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "parameters"), [
+    ({}, 6_738_415_616),  # LLaMA 7B, LLaMA 2 7B, open_llama_7b
+    ({"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
+     13_015_864_320),  # 13B
+    ({"hidden_size": 3200, "intermediate_size": 8640, "num_hidden_layers": 26}, 3_426_473_600),  # open_llama_3b
+])  # fmt: skip
+def test_plain_llamas_have_their_published_sizes(fields, parameters) -> None:
+    config = OpenLlamaConfig.from_dict({"model_type": "llama", **fields})
+    assert sum(torch.Size(shape).numel() for shape in expected_shapes(config).values()) == parameters
 
 
 def test_native_names_stay_as_they_are() -> None:

@@ -53,7 +53,6 @@ def convert(
 ) -> None:
     """Write the checkpoint ``src`` to ``dst``, in the form that ``to`` names.
 
-<<<<<<< HEAD
     ``src``: a folder, a file of weights, or ORG/NAME on the Hugging Face hub, of which ``revision`` is a branch, tag or
     commit. A folder with nothing but an adapter of peft is written as an adapter, for "native" or "hf".
 
@@ -62,18 +61,12 @@ def convert(
     file, DST.gguf, for llama.cpp. ``config`` replaces the config.json of ``src``. ``dtype`` (e.g. "bfloat16", for gguf
     also "q8_0") casts the weights; None keeps every bit. ``ignore``: shell patterns of weights to leave out. The files
     of the tokenizer and of the generation config are copied. Tensors are processed in pieces, so memory use does not
-    grow with the model. The result is compared with the source before it appears as ``dst``; after an error ``dst`` is
-    unchanged. Raises ``CheckpointError`` or a subclass of it, ``ConfigError`` also for what the other program does not
+    grow with the model. Each file is read back from the disk and compared before the result appears as ``dst``; after
+    an error ``dst`` is unchanged. After Ctrl-C, ``SystemExit`` or a kill, the next call with the same arguments keeps
+    the files that are verified.
+
+    Raises ``CheckpointError`` or a subclass of it, ``ConfigError`` also for what the other program does not
     compute, ``TokenizerError`` for a tokenizer that it does not have, or ``OSError`` if the disk is full.
-=======
-    ``config`` replaces the config.json of ``src``. ``dtype`` (e.g. "bfloat16") casts the weights; None
-    keeps every bit. The files of the tokenizer and of the generation config are copied. Tensors are
-    processed in pieces, so memory use does not grow with the model. Each file is read back from the disk
-    and compared before the result appears as ``dst``; after an error ``dst`` is unchanged. After
-    Ctrl-C, ``SystemExit`` or a kill, the next call with the same arguments keeps the files that are
-    verified. Raises ``CheckpointError`` or a subclass of it, ``ConfigError``, or ``OSError`` if the disk
-    is full.
->>>>>>> folders
     """
     dst = Path(dst).expanduser()
     if to != "gguf" and not local_path(src).exists():

@@ -22,6 +22,7 @@ from openllama.checkpoint.adapters import is_adapter
 from openllama.checkpoint.files import Format, format_of, open_file
 from openllama.checkpoint.folders import check_whole
 from openllama.checkpoint.hub import local_path
+from openllama.checkpoint.meta import meta_files, open_meta
 from openllama.checkpoint.names import check_layers, unwrap
 from openllama.config import CONFIG_FILE, OpenLlamaConfig, read_json
 from openllama.errors import (
@@ -75,12 +76,18 @@ def open_checkpoint(
             f"{folder} is an adapter, not a model: load the model it was trained on, then "
             "peft.PeftModel.from_pretrained(model, folder); `openllama convert` renames one of transformers' model"
         )
+    meta = path.is_dir() and not (path / CONFIG_FILE).is_file() and meta_files(path)
+    if meta:
+        tensors, values = open_meta(path)
+        config = config or OpenLlamaConfig.from_dict(values)
     if config is None and not (folder / CONFIG_FILE).is_file():
         raise CheckpointNotFoundError(f"{folder} has no {CONFIG_FILE}; put it there, or pass config (--config)")
     if not isinstance(config, OpenLlamaConfig):
         config = OpenLlamaConfig.from_pretrained(config or folder)
     if overrides:
         config = OpenLlamaConfig.from_dict(config.to_dict(), **overrides)
+    if meta:
+        return Checkpoint(path, folder, tuple(meta), "pickle", config, tensors)
     source = _find_weights(path) if path.is_dir() else path
     if source.suffix == ".json":
         files, tensors = _open_shards(source)

@@ -175,3 +175,19 @@ def test_native_folders_of_before_are_read(tmp_path: Path) -> None:
     edit_json(tmp_path / "config.json", lambda values: values.update(model_type="open-llama"))
     again = OpenLlamaForCausalLM.from_pretrained(tmp_path)
     assert_same_tensors(again.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_a_plain_llama_has_hf_s_logits(tmp_path: Path, safe: bool) -> None:
+    """As LLaMA, LLaMA 2 and openlm-research/open_llama are published for transformers."""
+    config = transformers.LlamaConfig(vocab_size=29, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+                                      num_attention_heads=4, rms_norm_eps=1e-5)  # fmt: skip
+    hf = randomise_norms(transformers.LlamaForCausalLM(config), 0).eval()
+    hf.save_pretrained(tmp_path / "hf", safe_serialization=safe)
+    convert(tmp_path / "hf", tmp_path / "native", progress=False)
+    ids = torch.randint(29, (2, 9))
+    for folder in ("hf", "native"):
+        model = OpenLlamaForCausalLM.from_pretrained(tmp_path / folder, attn_implementation="eager")
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, hf(ids).logits)
+    compared["conversion: a plain LLaMA's logits, bit for bit"] += 1
