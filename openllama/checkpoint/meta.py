@@ -123,7 +123,7 @@ def open_meta(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     files = meta_files(folder)
     shards = [open_file(file) for file in files]
-    params = read_json(folder / PARAMS_FILE)
+    params = read_json(folder / PARAMS_FILE, ConfigError)
     for file, shard in zip(files, shards, strict=True):
         if different := sorted(shard.keys() ^ shards[0].keys()):
             raise KeyMismatchError(f"only one of {files[0].name} and {file.name} holds {', '.join(different[:10])}")
