@@ -66,7 +66,7 @@ def test_remains_with_the_names_of_before_are_removed(source: Path, tmp_path: Pa
     (target / "model.safetensors").write_text("half")
     (tmp_path / ".nativ.0123abcd.incomplete").mkdir()
     convert(source, target, overwrite=True, progress=False)
-    assert sorted(os.listdir(target)) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(target)) == ["config.json", "conversion.json", "model.safetensors"]
     assert sorted(os.listdir(tmp_path)) == [".nativ.0123abcd.incomplete", "native", "source"]
 
 
@@ -310,14 +310,14 @@ def test_links_as_destinations(source: Path, tmp_path: Path) -> None:
     (tmp_path / "nowhere").mkdir()
     convert(source, tmp_path / "link", progress=False)
     assert (tmp_path / "link").is_symlink()
-    assert set(files_of(tmp_path / "nowhere") or {}) == {"config.json", "model.safetensors"}
+    assert set(files_of(tmp_path / "nowhere") or {}) == {"config.json", "conversion.json", "model.safetensors"}
 
 
 def test_the_working_directory_as_destination(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     convert(source, ".", progress=False)
-    assert sorted(os.listdir()) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir()) == ["config.json", "conversion.json", "model.safetensors"]
     assert sorted(os.listdir(tmp_path)) == ["here", "source"]
 
 
