@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -70,7 +71,8 @@ def write_source(folder: Path, gigabytes: float) -> None:
     config.save_pretrained(folder)
 
 
-def measure(source: Path, folder: Path, dtype: str | None) -> None:
+def measure(source: Path, folder: Path, dtype: str | None) -> float:
+    """Print the times of one conversion and of its bar; their ratio."""
     size = (source / "model.safetensors").stat().st_size // (1 if dtype is None else 2)
     plain, target = folder / "plain", folder / "target"
     plain.mkdir()
@@ -85,6 +87,7 @@ def measure(source: Path, folder: Path, dtype: str | None) -> None:
     bar = sum(parts.values())
     text = ", ".join(f"{name} {value:.1f} s" for name, value in parts.items())
     print(f"{dtype or 'no cast'}: {text}, sum {bar:.1f} s; convert {took:.1f} s: {took / bar:.2f} x the sum")
+    return took / bar
 
 
 def main() -> None:
@@ -98,9 +101,13 @@ def main() -> None:
         source = Path(name, "source")
         source.mkdir()
         write_source(source, options.gigabytes)
+        ratios: dict[str | None, list[float]] = {None: [], "bfloat16": []}
         for _ in range(options.runs):
-            for dtype in (None, "bfloat16"):
-                measure(source, Path(name), dtype)
+            for dtype, found in ratios.items():
+                found.append(measure(source, Path(name), dtype))
+    for dtype, found in ratios.items():
+        print(f"{dtype or 'no cast'}: median {statistics.median(found):.2f}, from {min(found):.2f} to {max(found):.2f}")
+    print(f"other programs: the load was {os.getloadavg()[0]:.1f} with {os.cpu_count()} processors")
 
 
 if __name__ == "__main__":

@@ -341,10 +341,11 @@ def test_verify_shows_what_rounding_has_changed(source: Path, tmp_path: Path) ->
 
 CHILD = """
 import sys
-import torch
+from openllama import OpenLlamaConfig
+from openllama.checkpoint import convert, expected_shapes
+expected_shapes(OpenLlamaConfig(num_hidden_layers=1))  # for this torch imports more of itself
 print("torch is imported", flush=True)
 sys.stdin.readline()
-from openllama.checkpoint import convert
 convert(sys.argv[1], sys.argv[2], dtype=sys.argv[3] or None, progress=False)
 """
 
@@ -372,12 +373,12 @@ def write_two_gigabytes(folder: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
-def test_two_gigabytes_in_one_file_under_one_of_memory(tmp_path: Path) -> None:
+def test_two_gigabytes_in_one_file_under_an_eighth_of_memory(tmp_path: Path) -> None:
     source, native = tmp_path / "source", tmp_path / "native"
     try:
         write_two_gigabytes(source)
         assert (source / "pytorch_model.bin").stat().st_size > 2e9
-        assert 1e6 < conversion_memory(source, native, "bfloat16") < 1e9
+        assert 1e6 < conversion_memory(source, native, "bfloat16") < 250e6
         original, written = open_file(source / "pytorch_model.bin"), open_file(native / "model.safetensors")
         assert original.keys() == written.keys()
         for name, tensor in written.items():
