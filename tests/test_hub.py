@@ -112,7 +112,7 @@ def test_files_of_llama_cpp(tmp_path: Path, name: str, content: bytes) -> None:
     (["model.safetensors", "pytorch_model.bin", "consolidated.00.pth"], ["model.safetensors"]),
     (["consolidated.00.pth", "consolidated.01.pth"],) * 2,
     (["adapter_model.bin", "adapter_model.safetensors"], ["adapter_model.safetensors"]),
-    (["tf_model.h5", "onnx/model.safetensors", "onnx/config.json", "model-x/y.safetensors", "training_args.bin", "modeling.py"], []),
+    (["tf_model.h5", "onnx/model.safetensors", "onnx/config.json", "training_args.bin", "modeling.py"], []),
 ])  # fmt: skip
 def test_what_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: Any, wanted: Any) -> None:
     hub = use(monkeypatch, Hub(["config.json", "tokenizer.model", "README.md", "run.py", *weights], tmp_path))

@@ -66,7 +66,7 @@ def open_checkpoint(
     path = local_path(path)
     if not path.exists():
         raise CheckpointNotFoundError(
-            f"{path}: no such file or folder; only `openllama convert ORG/NAME DST` reads from the hub"
+            f"{path}: no such file or folder; this reads local disk only, `openllama convert ORG/NAME DST` downloads"
         )
     _refuse_ggml(path)
     folder = path if path.is_dir() else path.parent
