@@ -211,7 +211,7 @@ def test_hf_state_dict_loads_strictly() -> None:
 
 
 def test_hub_names_are_not_fetched() -> None:
-    with pytest.raises(CheckpointNotFoundError, match="only `openllama convert ORG/NAME DST` reads from the hub"):
+    with pytest.raises(CheckpointNotFoundError, match="local disk only, `openllama convert ORG/NAME DST` downloads"):
         OpenLlamaForCausalLM.from_pretrained("s-JoL/Open-Llama-V1")
 
 

@@ -25,11 +25,12 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from openllama.checkpoint.pickles import check_tuples
 from openllama.errors import CorruptCheckpointError, UnsafePickleError, listed, warn
 
 MAGIC = b"PK\x03\x04"
 MAX_TABLE = 2**22  # bytes of the table of records: some 50,000 storages
-MAX_PICKLE = 2**22  # bytes of data.pkl: some 30,000 tensors
+MAX_PICKLE = 2**20  # bytes of data.pkl: some 7,000 tensors
 CHUNK = 2**20  # bytes summed at a time
 _LOCAL = struct.Struct("<4s2x2H4x3I2H")  # start of a local header: magic, flags, method, CRC, two sizes, two lengths
 _DESCRIPTOR, _UTF8 = 0x8, 0x800  # flags: sizes and CRC follow the data; the name is UTF-8
@@ -144,6 +145,7 @@ def load_archive(path: Path) -> tuple[Any, dict[int, Record]]:
         pickled = _content(file, records, "data.pkl", path)
     if pickled is None:
         raise CorruptCheckpointError(f"{path} is not what torch.save writes: it has no data.pkl")
+    check_tuples(io.BytesIO(pickled))
     empty = io.BytesIO()
     with zipfile.ZipFile(empty, "w") as archive:
         archive.writestr("x/version", b"3")
@@ -204,7 +206,7 @@ def checked_sha256(path: Path, go_on: Callable[[], bool] = lambda: True) -> str:
                 wrong.append(name)
         _sum(file, path.stat().st_size - file.tell(), whole, go_on)
     if wrong:
-        raise CorruptCheckpointError(f"{path} is damaged: the CRC-32 of {listed(wrong)} does not match; copy it again")
+        raise CorruptCheckpointError(f"{path} is damaged: the CRC-32 of {listed(wrong)} differs; copy it again")
     return whole.hexdigest()
 
 

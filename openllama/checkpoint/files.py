@@ -21,6 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from openllama.checkpoint.archives import MAGIC, MAX_PICKLE, Limited, load_archive, mapped
+from openllama.checkpoint.pickles import check_tuples
 from openllama.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -39,6 +40,7 @@ DTYPES = {  # safetensors' names of the types this package reads
     "BOOL": torch.bool,
 }  # fmt: skip
 MAX_HEADER = 2**24  # bytes of a safetensors header, some 150,000 tensors; the format allows 100 MB
+_LEGACY_PICKLES = 5  # in front of the numbers: magic number, version, system, the state dict, the storages
 MAX_RANK = 64  # dimensions; torch computes with no more
 
 
@@ -150,6 +152,10 @@ def _load_legacy(path: Path, size: int) -> dict[str, Tensor]:
         return storage.fill_(0xFF)  # NaN, should the file hold no numbers for this storage
 
     with _translated_errors(path), path.open("rb") as file:
+        limited = Limited(file, MAX_PICKLE)
+        for _ in range(_LEGACY_PICKLES):
+            check_tuples(limited)  # type: ignore[arg-type]
+        file.seek(0)
         tensors = _plain_tensors(torch.load(Limited(file, MAX_PICKLE), map_location=filled, weights_only=True), path)
     if [storage.nbytes() for storage in storages] != sizes:  # torch enlarges one that is too small for its tensor
         raise CorruptCheckpointError(f"{path} is damaged: a tensor is larger than its storage")

@@ -26,6 +26,7 @@ MODEL_FILE = "tokenizer.model"
 CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
+MODEL_OPTIONS = ("enable_sampling", "nbest_size", "alpha")
 MAX_MODEL = 2**26  # bytes; the largest tokenizers in use have 5 MB
 
 #: arguments and attributes of the tokenizer that tokenizer_config.json stores, besides the roles
@@ -34,6 +35,13 @@ SETTINGS = ("add_bos_token", "add_eos_token", "clean_up_tokenization_spaces", "l
 #: keys of tokenizer_config.json that are dropped: paths on another machine, and what the other two files store
 DROPPED = ("vocab_file", "tokenizer_file", "special_tokens_map_file", "name_or_path",
            "special_tokens_map", "added_tokens")  # fmt: skip
+
+
+def checked_options(options: Any) -> dict[str, Any]:
+    """Options of sentencepiece that change how text is cut; a file must not name other files or start threads."""
+    if not isinstance(options or {}, Mapping) or not set(options or {}) <= set(MODEL_OPTIONS):
+        raise TokenizerError(f"sp_model_kwargs takes {', '.join(MODEL_OPTIONS)}; got {options!r}")
+    return dict(options or {})
 
 
 def load_model(path: Path, options: Mapping[str, Any]) -> tuple[Any, bytes]:

@@ -56,7 +56,7 @@ class OpenLlamaTokenizer(Vocabulary):
         extra: Mapping[str, Any] | None = None,  # keys of tokenizer_config.json that are kept but not used
         **roles: Any,  # sep_token, cls_token, mask_token, additional_special_tokens
     ) -> None:
-        self.sp_model_kwargs = dict(sp_model_kwargs or {})
+        self.sp_model_kwargs = files.checked_options(sp_model_kwargs)
         sp, self._model_bytes = files.load_model(Path(vocab_file), self.sp_model_kwargs)
         self.add_bos_token, self.add_eos_token = bool(add_bos_token), bool(add_eos_token)
         self.clean_up_tokenization_spaces, self.legacy = bool(clean_up_tokenization_spaces), bool(legacy)
