@@ -7,7 +7,7 @@ NATIVE := checkpoints/open-llama-tiny-native
 QUICK := $(addprefix tests/test_,$(addsuffix .py,attention cache config fidelity generation losses masks names \
 	golden reader rope)) tests/parity/test_model_parity.py::test_every_value_and_gradient_is_hf_s
 
-.PHONY: help demo quick test lint check parity processors kills package record clean
+.PHONY: help demo quick test lint check parity processors kills interop package record clean
 
 help:
 	@echo "make demo        convert the shipped checkpoint and continue an English and a Chinese prompt"
@@ -18,9 +18,10 @@ help:
 	@echo "make parity      the long comparison with transformers 4.31.0, with thousands of models"
 	@echo "make processors  the comparison as older processors would compute it, with one and two threads"
 	@echo "make kills       kill conversions at 240 random moments and at every rename (COUNT=1000 for more moments)"
+	@echo "make interop     the same model in transformers 4.31.0, in current transformers and in llama.cpp"
 	@echo "make package     build the wheel, install it in an empty environment and use it there"
 	@echo "make record      write tests/golden.safetensors again, confirmed by transformers 4.31.0"
-	@echo "make clean       remove .venv and what make demo wrote"
+	@echo "make clean       remove .venv, .venv-interop and what make demo wrote"
 
 demo: .venv/.installed
 	$(BIN)/openllama convert checkpoints/open-llama-tiny $(NATIVE) --overwrite
@@ -51,6 +52,16 @@ COUNT ?= 240
 kills: .venv/.installed-test
 	$(BIN)/python -m tests.kills $(COUNT)
 
+# Current transformers and llama.cpp, which is compiled (about 15 minutes), have an environment of their own. Without
+# GGML_NATIVE llama.cpp has no AMX kernels, which crash on some processors. ARGS=--small leaves out the 880 M model.
+interop: .venv/.installed-test .venv-interop/.installed
+	$(BIN)/python -m tests.interop --peer .venv-interop/bin/python $(ARGS)
+
+.venv-interop/.installed: tests/interop/requirements.txt
+	$(PYTHON) -m venv .venv-interop
+	CMAKE_ARGS="-DGGML_NATIVE=OFF" .venv-interop/bin/pip install --quiet --requirement $<
+	@touch $@
+
 package:
 	$(PYTHON) .ci/package.py
 
@@ -59,7 +70,7 @@ record: .venv/.installed-test
 	$(BIN)/python -m tests.parity.record
 
 clean:
-	rm -rf .venv $(NATIVE)
+	rm -rf .venv .venv-interop $(NATIVE)
 
 # .installed: the package; .installed-EXTRA: the package with that extra.
 .venv/.installed: setup.cfg pyproject.toml .ci/constraints.txt

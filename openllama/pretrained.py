@@ -199,9 +199,9 @@ class PretrainedModel(nn.Module):
 
         ``layout``: "native", "hf" (what transformers 4.31.0 reads) or "llama" (a plain LLaMA), as in
         ``checkpoint.convert``; the tokenizer is not written. A model that is there is replaced once this one
-        is whole, other files stay. Raises
-        ``KeyMismatchError`` if the weights are no longer those of the config, ``DestinationExistsError``,
-        or ``OSError`` when the disk is full.
+        is whole, other files stay. Raises ``KeyMismatchError`` if the weights are no longer those of the config,
+        ``ConfigError`` if a plain LLaMA computes something else, ``DestinationExistsError``, or ``OSError``
+        when the disk is full.
         """
         check_destination(Path(folder), overwrite)
         weights = select(self.state_dict(), self.config, self._head)

@@ -133,7 +133,15 @@ def test_a_command_that_takes_long_exists_with_its_options_and_shows_no_output(p
         )
         assert [word for word in words[2:] if word.startswith("--") and word not in done.stdout] == []
     else:
-        known = ("pip install ", "python -m venv ", "git clone ", "cd ", "source ", "peer/bin/pip install ")
+        known = (
+            "pip install ",
+            "python -m venv ",
+            "git clone ",
+            "cd ",
+            "source ",
+            "peer/bin/pip install ",
+            "python -c ",
+        )
         assert command.startswith(known), f"{page}: who runs {command!r}?"
 
 

@@ -1,4 +1,4 @@
-"""Folders for other programs, read again by ours: the folded LLaMA computes the same; what cannot be exact is refused."""
+"""Folders for other programs, read again by ours: the folded LLaMA computes the same; what cannot be is refused."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_an_unknown_program_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "settings", "message"),
     [
-        ({"model_type": "unigram", "vocab_size": 300}, {}, "only BPE"),
+        ({"model_type": "unigram", "vocab_size": 340}, {}, "only BPE"),
         ({"user_defined_symbols": "<e>"}, {}, "user-defined piece '<e>'"),
         ({}, {"legacy": False}, "legacy must be true"),
     ],

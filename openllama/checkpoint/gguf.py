@@ -147,8 +147,13 @@ def _check_destination(dst: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise DestinationExistsError(f"{dst} exists; choose another file, or pass overwrite (--overwrite)")
-    if not dst.is_file() or dst.open("rb").read(4) != MAGIC:
+    if not dst.is_file() or not _is_gguf(dst):
         raise DestinationExistsError(f"{dst} is not a GGUF file, so it is not replaced; choose another name")
+
+
+def _is_gguf(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
 
 
 # ---- what the file holds
