@@ -55,7 +55,7 @@ def integer(least: float = -math.inf, hint: str = "", most: int = MAX_INTEGER) -
     """Integers from ``least`` to ``most``; those of numpy become Python's."""
 
     def rule(value: Any) -> int:
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < least:
             raise ValueError(f"an integer{f' of at least {least}' if least > -math.inf else ''}{hint}")
         if abs(value) > most:
             raise ValueError(f"an integer of at most {most}")
@@ -70,9 +70,10 @@ def number(interval: str = "(-inf, inf)", hint: str = "") -> Rule:
     ends = [low] * (interval[0] == "[") + [high] * (interval[-1] == "]")
 
     def rule(value: Any) -> Any:
-        is_number = isinstance(value, Real) and not isinstance(value, bool)
-        if is_number and (low < value < high or value in ends) and (value in ends or abs(value) <= MAX_NUMBER):
-            return value if type(value) in (int, float) else float(value)
+        if isinstance(value, Real) and not isinstance(value, bool):
+            value = value if isinstance(value, int) else float(value)  # numpy's own types overflow in comparisons
+            if value in ends or (low < value < high and abs(value) <= MAX_NUMBER):
+                return value
         raise ValueError(f"a number in {interval}{hint}")
 
     return rule

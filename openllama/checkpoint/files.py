@@ -142,7 +142,7 @@ def _load_legacy(path: Path, size: int) -> dict[str, Tensor]:
     sizes: list[int] = []
     left = size
 
-    def filled(storage: torch.UntypedStorage, device: str) -> torch.UntypedStorage:
+    def filled(storage: Any, device: str) -> Any:
         nonlocal left
         storages.append(storage)
         sizes.append(storage.nbytes())
@@ -156,7 +156,9 @@ def _load_legacy(path: Path, size: int) -> dict[str, Tensor]:
         for _ in range(_LEGACY_PICKLES):
             check_tuples(limited)  # type: ignore[arg-type]
         file.seek(0)
-        tensors = _plain_tensors(torch.load(Limited(file, MAX_PICKLE), map_location=filled, weights_only=True), path)
+        limited = Limited(file, MAX_PICKLE)
+        loaded = torch.load(limited, map_location=filled, weights_only=True)  # type: ignore[arg-type]
+        tensors = _plain_tensors(loaded, path)
     if [storage.nbytes() for storage in storages] != sizes:  # torch enlarges one that is too small for its tensor
         raise CorruptCheckpointError(f"{path} is damaged: a tensor is larger than its storage")
     addresses = {storage.data_ptr() for storage in storages}
@@ -216,6 +218,7 @@ def _described(key: object, value: object) -> str:
 def _is_plain(key: object, value: object) -> bool:
     return (
         isinstance(key, str)
+        and isinstance(value, Tensor)
         and type(value) in (Tensor, torch.nn.Parameter)
         and value.layout == torch.strided
         and not (value.is_quantized or value.is_conj() or value.is_neg())
