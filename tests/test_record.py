@@ -55,17 +55,13 @@ def test_a_record_has_the_sums_of_all_files_and_weights(source: Path, tmp_path: 
 
 def test_a_record_says_what_is_unusual(tmp_path: Path) -> None:
     weights = hf_weights(CONFIG)
-    weights[NORM][:2] = torch.tensor([float("nan"), float("inf")])
+    weights[NORM][:2] = torch.tensor([float("nan"), 1])
     weights["model.layers.0.mlp.up_proj.weight"][0, :3] = torch.tensor([1e-6, 2e-6, 0])
     weights["model.embed_tokens.weight"][CONFIG.padding_idx] = 1.0
     weights["extra.weight"] = torch.ones(2)
     write_checkpoint(tmp_path / "hf", weights, CONFIG)
     with pytest.warns(UserWarning, match="NaN or infinity") as shown:
-        with pytest.raises(Exception, match="too large for float16"):
-            convert(tmp_path / "hf", tmp_path / "half", dtype="float16", ignore=["extra.*"], progress=False)
-        weights[NORM][:2] = torch.tensor([float("nan"), 1])
-        write_checkpoint(tmp_path / "hf2", weights, CONFIG)
-        convert(tmp_path / "hf2", tmp_path / "half", dtype="float16", ignore=["extra.*"], progress=False)
+        convert(tmp_path / "hf", tmp_path / "half", dtype="float16", ignore=["extra.*"], progress=False)
     found = record_of(tmp_path / "half")
     assert found["left_out"]["extra.weight"] == "was to be ignored"
     assert found["weights"][NORM]["not_finite"] == 1

@@ -160,7 +160,7 @@ def load_archive(path: Path) -> tuple[Any, dict[int, Record]]:
 
 
 def mapped(tensor: Tensor, records: Mapping[int, Record], mapping: mmap.mmap) -> Tensor:
-    """The tensor of ``load_archive`` with its numbers, from the mapped file; raises ValueError if they are not there."""
+    """The tensor of ``load_archive`` with its numbers, from the mapped file; raises ValueError if it has none."""
     storage = tensor.untyped_storage()
     record = records.get(getattr(storage, "_checkpoint_offset", -1))
     if record is None:

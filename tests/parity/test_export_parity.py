@@ -67,8 +67,7 @@ def test_hf_reads_its_own_layout(
         assert not any(found.values()), found
         assert_same_tensors(hf.state_dict(), native_to_hf(model.state_dict(), config))
         assert all(map(torch.equal, hidden_states(hf.eval(), ids), hidden_states(model, ids)))
-        theirs = hf.config.to_dict()
-        assert {name: theirs[name] for name in config.to_dict()} == config.to_dict()
+        assert {name: getattr(hf.config, name) for name in config.to_dict()} == config.to_dict()
     compared["export: hf's layout, read strictly"] += 1
 
 
