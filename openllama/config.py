@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import json
 import math
-import operator
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -56,9 +55,9 @@ def integer(least: float = -math.inf, hint: str = "", most: int = MAX_INTEGER) -
     """Integers from ``least`` to ``most``; those of numpy become Python's."""
 
     def rule(value: Any) -> int:
-        if not isinstance(value, Integral) or isinstance(value, bool) or operator.index(value) < least:
+        if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < least:
             raise ValueError(f"an integer{f' of at least {least}' if least > -math.inf else ''}{hint}")
-        if abs(value) > most:
+        if abs(int(value)) > most:
             raise ValueError(f"an integer of at most {most}")
         return int(value)
 
