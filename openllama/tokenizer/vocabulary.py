@@ -20,6 +20,7 @@ from openllama.tokenizer.checks import checked_ids, checked_text
 LIST_ROLE = "additional_special_tokens"
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
          LIST_ROLE)  # fmt: skip
+MAX_ADDED, MAX_TOKEN = 50_000, 1000  # tokens, characters of one: matching them takes time and memory
 USUAL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 
 
@@ -47,6 +48,8 @@ def parse_token(value: Any, role: str) -> Token:
         value = AddedToken(**{key: flag for key, flag in value.items() if key in known})
     if not isinstance(value, (str, AddedToken)) or not str(value):
         raise TokenizerError(f"{role} must be a non-empty string or an AddedToken, got {value!r}")
+    if len(str(value)) > MAX_TOKEN:
+        raise TokenizerError(f"{role} has {len(str(value)):,} characters; at most {MAX_TOKEN:,} are one token")
     checked_text(str(value), f"{role}: ")
     return value
 
@@ -180,6 +183,8 @@ class Vocabulary:
         """
         tokens = [tokens] if isinstance(tokens, (str, AddedToken)) else tokens
         names = [str(parse_token(token, "an added token")) for token in tokens]
+        if len(names) + len(self._no_split) > MAX_ADDED:
+            raise TokenizerError(f"{len(names):,} tokens to add; a tokenizer takes {MAX_ADDED:,}")
         new = [name for name in dict.fromkeys(names) if not self._knows(name)]
         self._added.update({name: len(self) + i for i, name in enumerate(new)})
         self._added_names = list(self._added)  # in the order of their ids
