@@ -174,7 +174,9 @@ def read_json(path: Path, refusal: type[OpenLlamaError], unique: bool = False) -
     """The object that a JSON file holds; raises ``refusal`` for anything else. ``unique``: no key may occur twice."""
     content = read_limited(path, MAX_JSON, refusal)
     try:
-        values = json.loads(content.decode("utf-8"), object_pairs_hook=_unique_keys if unique else None)
+        values = json.loads(
+            content.decode("utf-8"), object_pairs_hook=_unique_keys if unique else None, parse_constant=_refuse_constant
+        )
     except (ValueError, RecursionError) as error:
         raise refusal(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
@@ -182,6 +184,10 @@ def read_json(path: Path, refusal: type[OpenLlamaError], unique: bool = False) -
     if _depth(values, MAX_DEPTH) > MAX_DEPTH:
         raise refusal(f"{path} nests objects and lists more than {MAX_DEPTH} deep")
     return values
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

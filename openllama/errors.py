@@ -37,13 +37,13 @@ def warn(message: str) -> None:
 
 @contextmanager
 def heard() -> Iterator[list[str]]:
-    """A list to which every warning of this package is added until the block ends; it is shown as ever."""
+    """A list of all warnings of this package until the block ends, from all threads; they are shown as usual."""
     messages: list[str] = []
     _HEARD.append(messages)
     try:
         yield messages
     finally:
-        _HEARD.remove(messages)
+        _HEARD[:] = [others for others in _HEARD if others is not messages]
 
 
 class OpenLlamaError(Exception):

@@ -15,7 +15,7 @@ from openllama.checkpoint import convert, inspect
 from openllama.checkpoint.adapters import MODULES, WORDS, convert_adapter, rename_adapter, rename_config
 from openllama.checkpoint.files import open_file
 from openllama.checkpoint.names import HF_TO_NATIVE
-from openllama.errors import CheckpointNotFoundError, DestinationExistsError, KeyMismatchError
+from openllama.errors import CheckpointNotFoundError, CorruptCheckpointError, DestinationExistsError, KeyMismatchError
 from tests.checkpoints import assert_same_tensors
 
 CONFIG = {"peft_type": "LORA", "target_modules": ["q_proj"], "r": 2}
@@ -119,3 +119,25 @@ def test_what_is_refused_before_work(tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFoundError, match=r"none of adapter_model\.safetensors"):
         convert_adapter(folder, tmp_path / "native")
     assert not (tmp_path / "native").exists()
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("target_modules", 5), ("target_modules", [1]), ("rank_pattern", [1]), ("modules_to_save", {"a": 1}),
+])  # fmt: skip
+def test_configurations_of_other_types_are_refused(tmp_path: Path, field: str, value: Any) -> None:
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    adapter(tmp_path / "hf", {name: torch.ones(2, 8)}, **{field: value})
+    with pytest.raises(CorruptCheckpointError, match=field):
+        convert(tmp_path / "hf", tmp_path / "native")
+
+
+def test_a_model_is_not_replaced_by_an_adapter_and_large_numbers_stay_finite(tmp_path: Path) -> None:
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    adapter(tmp_path / "hf", {name: torch.full((2, 8), 1e6)}, target_modules=["q_proj"])
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(DestinationExistsError, match="no adapter"):
+        convert(tmp_path / "hf", tmp_path / "model", overwrite=True)
+    with pytest.raises(CorruptCheckpointError, match="too large for float16"):
+        convert(tmp_path / "hf", tmp_path / "half", dtype="float16")
+    assert not (tmp_path / "half").exists()

@@ -310,3 +310,10 @@ def test_a_config_json_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(b'{"a": "\xff"}')
     with pytest.raises(ConfigError, match=r"config\.json"):
         OpenLlamaConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+def test_numbers_that_json_does_not_have(tmp_path: Path, number: str) -> None:
+    (tmp_path / "config.json").write_text(f'{{"custom": {number}}}')
+    with pytest.raises(ConfigError, match=number):
+        OpenLlamaConfig.from_pretrained(tmp_path)

@@ -298,6 +298,12 @@ def test_an_error_leaves_nothing_behind(
     assert sorted(path.name for path in tmp_path.iterdir()) == (["native", "source"] if exists else ["source"])
 
 
+@pytest.mark.parametrize("wrong", [{"to": "onnx"}, {"max_shard_size": "4kbb"}, {"dtype": "int3"}])
+def test_arguments_are_checked_before_anything_is_read(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"is not one of|is not a size"):
+        convert(tmp_path / "absent", tmp_path / "native", **wrong)
+
+
 # ---- verify
 
 

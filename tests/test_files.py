@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from openllama.checkpoint.files import DTYPES, open_file
+from openllama.checkpoint.names import unwrap
 from openllama.errors import (
     CorruptCheckpointError,
     UnsafePickleError,
@@ -56,7 +57,7 @@ class Malicious:
 def test_what_trainers_wrap_around(tmp_path: Path, wrap: Any) -> None:
     weights = native_weights(CONFIG)
     torch.save(wrap(weights), tmp_path / "x.pt")
-    tensors = open_file(tmp_path / "x.pt")
+    tensors = unwrap(open_file(tmp_path / "x.pt"))
     assert_same_tensors(tensors, weights)
     assert not any(tensor.requires_grad for tensor in tensors.values())
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from openllama.checkpoint.folders import check_destination, finished_folder
+from openllama.checkpoint.folders import check_destination, finished_file, finished_folder
 from openllama.checkpoint.writer import OURS
-from openllama.errors import DestinationExistsError
+from openllama.errors import DestinationBusyError, DestinationExistsError
 
 OLD = {"config.json": "{}", "model.safetensors": "old", "notes.txt": "mine"}
 FAILURES = [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), ValueError("anything")]
@@ -116,3 +116,59 @@ def test_destinations(tmp_path: Path) -> None:
         check_destination(tmp_path / "x", overwrite=False)
     with pytest.raises(DestinationExistsError, match="is a file"):
         check_destination(tmp_path / "x" / "notes.txt", overwrite=True)
+
+
+def test_a_lock_that_is_a_link_is_refused_and_its_target_kept(tmp_path: Path) -> None:
+    make_old(tmp_path / "x")
+    (tmp_path / "mine").write_text("text")
+    (tmp_path / "x" / ".openllama.incomplete").mkdir()
+    (tmp_path / "x" / ".openllama.incomplete" / "lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(DestinationExistsError, match="is a link"):
+        check_destination(tmp_path / "x", overwrite=True)
+    assert (tmp_path / "mine").read_text() == "text"
+
+
+@pytest.mark.parametrize("step", range(2, 5))
+def test_interrupted_again_while_it_takes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """The first interruption is at a rename of the swap, the second at the first rename that takes it back."""
+    make_old(tmp_path / "x")
+    rename, calls = os.rename, []
+
+    def failing(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) in (step, step + 1):
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", failing)
+        with pytest.raises(KeyboardInterrupt), finished_folder(tmp_path / "x", OURS) as folder:  # noqa: PT012
+            (folder / "config.json").write_text("new")
+            (folder / "model.safetensors").write_text("new")
+    check_destination(tmp_path / "x", overwrite=True)
+    assert contents(tmp_path / "x") == OLD
+
+
+def test_where_the_file_system_has_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with finished_folder(tmp_path / "x", OURS) as folder:
+        (folder / "config.json").write_text("new")
+    assert contents(tmp_path / "x") == {"config.json": "new"}
+
+
+def test_a_finished_file_appears_whole_and_leaves_nothing_beside(tmp_path: Path) -> None:
+    target = tmp_path / "parent" / "model.gguf"
+    with pytest.raises(ValueError, match="anything"), finished_file(target) as path:  # noqa: PT012
+        path.write_text("half")
+        raise ValueError("anything")
+    assert not list(target.parent.iterdir())
+    with finished_file(target) as path:
+        path.write_text("whole")
+        with pytest.raises(DestinationBusyError, match=str(os.getpid())), finished_file(target):
+            pass
+        assert not target.exists()
+    assert target.read_text() == "whole"
+    assert list(target.parent.iterdir()) == [target]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from openllama.checkpoint import convert, inspect, open_checkpoint, pieces, veri
 from openllama.checkpoint.meta import META_TO_HF, Assembled
 from openllama.checkpoint.names import HF_TO_NATIVE
 from openllama.errors import ConfigError, KeyMismatchError
+from tests.sentencepieces import trained, write_folder
 
 PARAMS = {"dim": 24, "n_layers": 2, "n_heads": 4, "multiple_of": 16, "norm_eps": 1e-5, "vocab_size": -1}
 INNER, VOCABULARY = 32, 20
@@ -151,3 +153,28 @@ def test_what_is_refused(tmp_path: Path) -> None:
     torch.save({}, folder / "consolidated.01.pth")
     with pytest.raises(KeyMismatchError, match=r"only one of consolidated\.00\.pth and consolidated\.01\.pth holds"):
         inspect(folder)
+
+
+def test_files_of_llama_cpp_beside_them_and_pipes_do_no_harm(tmp_path: Path) -> None:
+    folder = write(tmp_path / "meta", weights())
+    (folder / "ggml-model-f16.gguf").write_bytes(b"GGUF")
+    os.mkfifo(folder / "pipe.gguf")
+    assert open_checkpoint(folder).tensors
+
+
+def test_more_layers_than_there_are_weights_are_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path / "meta", weights(), n_layers=100_000)
+    with pytest.raises((ConfigError, KeyMismatchError)):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("files", [1, 2])
+def test_a_gguf_file_keeps_meta_s_order_of_rows(tmp_path: Path, files: int) -> None:
+    gguf = pytest.importorskip("gguf")
+    tensors = weights(torch.float32)
+    tensors |= {name: torch.randn(426, 24) for name in ("tok_embeddings.weight", "output.weight")}
+    write_folder(write(tmp_path / "meta", tensors, files), trained("llama-like"))
+    convert(tmp_path / "meta", tmp_path / "x.gguf", to="gguf", progress=False)
+    found = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "x.gguf").tensors}
+    for kind in "qk":
+        assert (found[f"blk.0.attn_{kind}.weight"] == tensors[f"layers.0.attention.w{kind}.weight"].numpy()).all()

@@ -176,3 +176,9 @@ def test_index_that_is_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "pytorch_model.bin.index.json").write_text(text)
     with pytest.raises(CorruptCheckpointError, match=r"index\.json"):
         open_checkpoint(tmp_path)
+
+
+def test_wrapped_names_in_the_shards_of_an_index(tmp_path: Path) -> None:
+    wrapped = {f"module._orig_mod.{name}": tensor for name, tensor in hf_weights(CONFIG).items()}
+    write_checkpoint(tmp_path, wrapped, CONFIG, "pickle shards")
+    assert_same_tensors(open_checkpoint(tmp_path).tensors, hf_weights(CONFIG))

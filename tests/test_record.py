@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from openllama import OpenLlamaForCausalLM
 from openllama.checkpoint import convert, verify
 from openllama.checkpoint.record import RECORD_FILE, SourceSums
-from openllama.errors import CorruptCheckpointError
+from openllama.errors import CorruptCheckpointError, heard, warn
 from tests.checkpoints import hf_weights, native_weights, tiny_config, write_checkpoint
 
 CONFIG = tiny_config()
 NORM = "model.norm.weight"
+convert_module = importlib.import_module("openllama.checkpoint.convert")
 
 
 @pytest.fixture(name="source")
@@ -125,3 +128,38 @@ def test_sums_are_given_up_at_once_when_they_are_not_wanted_any_more(tmp_path: P
         file.truncate(2**36)  # a sparse file that would take a minute
     with SourceSums([tmp_path / "large"]):
         pass
+
+
+def test_a_model_saved_over_a_conversion_has_no_old_record(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "native", progress=False)
+    model = OpenLlamaForCausalLM.from_pretrained(tmp_path / "native")
+    with torch.no_grad():
+        model.model.norm.weight.add_(1)
+    model.save_pretrained(tmp_path / "native")
+    assert not verify(tmp_path / "native").recorded
+
+
+def test_warnings_are_heard_by_each_conversion_that_runs() -> None:
+    with heard() as first, heard() as second:
+        pass
+    with heard() as first:
+        with heard() as second, pytest.warns(UserWarning, match="one"):
+            warn("one")
+        with pytest.warns(UserWarning, match="two"):
+            warn("two")
+    assert (first, second) == (["one", "two"], ["one"])
+
+
+def test_a_source_that_is_replaced_meanwhile_is_refused(source: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    [file, *_] = source.glob("*.bin")
+    write = convert_module.write_weights
+
+    def replacing(*arguments: Any, **options: Any) -> Any:
+        (tmp_path / "copy").write_bytes(file.read_bytes())
+        (tmp_path / "copy").replace(file)
+        return write(*arguments, **options)
+
+    monkeypatch.setattr(convert_module, "write_weights", replacing)
+    with pytest.raises(CorruptCheckpointError, match="was changed while it was read"):
+        convert(source, tmp_path / "native", progress=False)
+    assert not (tmp_path / "native").exists()

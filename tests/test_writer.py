@@ -147,7 +147,7 @@ def test_sizes_that_are_none(size: Any) -> None:
 
 
 def test_a_disk_that_loses_bits_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = writer._forget
+    real = writer.forget
 
     def faulty(descriptor: int) -> None:
         with next(tmp_path.glob("*.safetensors")).open("r+b") as file:
@@ -155,7 +155,7 @@ def test_a_disk_that_loses_bits_is_noticed(tmp_path: Path, monkeypatch: pytest.M
             file.write(b"\x01")
         real(descriptor)
 
-    monkeypatch.setattr(writer, "_forget", faulty)
+    monkeypatch.setattr(writer, "forget", faulty)
     with pytest.raises(CorruptCheckpointError, match=r"b differs when read again"):
         write_weights(tmp_path, {"a": torch.zeros(4), "b": torch.zeros(4)})
     assert not list(tmp_path.iterdir())

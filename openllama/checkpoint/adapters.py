@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from openllama.checkpoint.files import open_file
-from openllama.checkpoint.folders import check_destination, finished_folder
+from openllama.checkpoint.folders import check_destination, contents, finished_folder
 from openllama.checkpoint.names import HF_TO_NATIVE, PREFIX, Layout, floating_dtype
 from openllama.checkpoint.pieces import is_copy
 from openllama.config import read_json, write_json
@@ -32,6 +32,7 @@ from openllama.errors import (
     DestinationExistsError,
     InputError,
     KeyMismatchError,
+    listed,
 )
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -81,13 +82,20 @@ def convert_adapter(
     if dst.resolve() in (src.resolve(), *src.resolve().parents):
         raise DestinationExistsError(f"{dst} is or contains the source {src}; choose another folder")
     check_destination(dst, overwrite)
+    if dst.is_dir() and contents(dst) and not is_adapter(dst):
+        raise DestinationExistsError(f"{dst} is not empty and no adapter, so it is not replaced; choose a new folder")
     file = next((src / name for name in ADAPTER_FILES if (src / name).is_file()), None)
     if file is None:
         raise CheckpointNotFoundError(f"{src} has {ADAPTER_CONFIG} but none of {', '.join(ADAPTER_FILES)}")
-    config = rename_config(read_json(src / ADAPTER_CONFIG, CorruptCheckpointError), layout)
+    config = read_json(src / ADAPTER_CONFIG, CorruptCheckpointError)
+    check_adapter_config(config, src / ADAPTER_CONFIG)
+    config = rename_config(config, layout)
     tensors = {
-        name: tensor.to(dtype).contiguous() for name, tensor in rename_adapter(open_file(file), layout).items()
+        name: tensor.to(dtype).clone(memory_format=torch.contiguous_format)
+        for name, tensor in rename_adapter(open_file(file), layout).items()
     }  # small enough for memory
+    if dtype == torch.float16 and (large := [name for name, tensor in tensors.items() if tensor.isinf().any()]):
+        raise CorruptCheckpointError(f"{listed(large)}: numbers too large for float16 (above 65504); use bfloat16")
     with finished_folder(dst, (ADAPTER_CONFIG, *ADAPTER_FILES, *TOKENIZER_FILES)) as folder:
         write_json(folder / ADAPTER_CONFIG, config)
         for name in TOKENIZER_FILES:
@@ -97,6 +105,18 @@ def convert_adapter(
         written = open_file(folder / ADAPTER_FILES[0])
         if wrong := [name for name, tensor in tensors.items() if not is_copy(written[name], tensor)]:
             raise CorruptCheckpointError(f"{dst}: {wrong[0]} differs when read again; is the disk or memory failing?")
+
+
+def check_adapter_config(config: Mapping[str, Any], path: Path) -> None:
+    """Raise ``CorruptCheckpointError`` unless the fields that name modules are of the types that peft writes."""
+    for field in LISTS:
+        value = config.get(field)
+        names = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(name, str) for name in names):
+            raise CorruptCheckpointError(f"{path}: {field} must be a list of names or a regular expression")
+    for field in PATTERNS:
+        if not isinstance(config.get(field) or {}, dict):
+            raise CorruptCheckpointError(f"{path}: {field} must map names to numbers")
 
 
 def rename_adapter(tensors: Mapping[str, Tensor], to: Layout) -> dict[str, Tensor]:

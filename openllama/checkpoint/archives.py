@@ -195,7 +195,7 @@ def checked_sha256(path: Path, go_on: Callable[[], bool] = lambda: True) -> str:
     once, and 1 s per GB.
     """
     records = read_records(path) if is_archive(path) else {}
-    summed = {name: record for name, record in records.items() if any(record.crc for record in records.values())}
+    summed = records if any(record.crc for record in records.values()) else {}
     if records and not summed:
         warn(f"{path} holds no checksums (torch.save was told not to compute them); damage to it cannot be seen")
     whole, wrong = hashlib.sha256(), []

@@ -11,19 +11,19 @@ import torch
 
 import openllama
 from openllama.checkpoint.adapters import convert_adapter, is_adapter
-from openllama.checkpoint.export import Export, export
+from openllama.checkpoint.export import FORMS, Export, export
 from openllama.checkpoint.folders import check_destination, contents, finished_folder, remains
 from openllama.checkpoint.gguf import Q8_0, write_gguf
 from openllama.checkpoint.hub import fetch, local_path
 from openllama.checkpoint.names import Weights, floating_dtype, is_buffer, select, without
 from openllama.checkpoint.progress import ShownProgress
 from openllama.checkpoint.reader import Checkpoint, open_checkpoint
-from openllama.checkpoint.record import RECORD_FILE, Record, SourceSums
+from openllama.checkpoint.record import Record, SourceSums
 from openllama.checkpoint.reports import check_tokenizer, remarks, warn_of_numbers
 from openllama.checkpoint.source import SourceFiles
-from openllama.checkpoint.writer import OURS, Resume, write_weights
+from openllama.checkpoint.writer import OURS, Resume, parse_size, write_weights
 from openllama.config import CONFIG_FILE, OpenLlamaConfig, read_limited, write_json
-from openllama.errors import CorruptCheckpointError, DestinationExistsError, heard
+from openllama.errors import CorruptCheckpointError, DestinationExistsError, InputError, heard
 from openllama.tokenizer.files import MAX_MODEL
 
 RESUME_FILE = "verified.json"  # beside the folder that is written
@@ -35,7 +35,7 @@ COPIED = (
     "added_tokens.json",
     "generation_config.json",
 )
-REPLACED = (*OURS, *COPIED, TOKENIZER_JSON, RECORD_FILE)
+REPLACED = (*OURS, *COPIED, TOKENIZER_JSON)
 
 
 def convert(
@@ -68,13 +68,16 @@ def convert(
     Raises ``CheckpointError`` or a subclass of it, ``ConfigError`` also for what the other program does not
     compute, ``TokenizerError`` for a tokenizer that it does not have, or ``OSError`` if the disk is full.
     """
+    cast_to = None if (to, dtype) == ("gguf", Q8_0) else floating_dtype(dtype)
+    if to not in (*FORMS, "gguf"):
+        raise InputError(f"{to!r} is not one of {', '.join(FORMS)}, gguf")
+    parse_size(max_shard_size)
     dst = Path(dst).expanduser()
     if to != "gguf" and not local_path(src).exists():
         check_destination(dst, overwrite)  # before a download
     src = fetch(src, revision)
     if is_adapter(src):
         return convert_adapter(src, dst, to, dtype=dtype, overwrite=overwrite)
-    cast_to = None if (to, dtype) == ("gguf", Q8_0) else floating_dtype(dtype)
     with heard() as warnings:
         source = open_checkpoint(src, config)
         weights = select(without(source.tensors, ignore), source.config)
@@ -135,6 +138,7 @@ def _made_from(files: SourceFiles, config: OpenLlamaConfig, record: Record) -> d
         "config": config.to_dict(),
         "dtype": record.dtype,
         "to": record.to,
+        "left_out": record.left_out,  # of two sources of a weight, the other may have been chosen
     }
 
 

@@ -32,8 +32,7 @@ from openllama.errors import (
 )
 
 Format = Literal["safetensors", "pickle"]
-WRAPPERS = ("state_dict", "model_state_dict", "model", "module")  # keys under which trainers nest the weights
-WRAPPED_PREFIXES = ("module.", "_orig_mod.")  # added by DistributedDataParallel and torch.compile
+NESTING_KEYS = ("state_dict", "model_state_dict", "model", "module")  # keys under which trainers nest the weights
 DTYPES = {  # safetensors' names of the types this package reads
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -185,19 +184,15 @@ def _translated_errors(path: Path) -> Iterator[None]:
 
 
 def _plain_tensors(loaded: Any, path: Path) -> dict[str, Tensor]:
-    """The state dict in the content of a file, also under one of ``WRAPPERS``, without ``WRAPPED_PREFIXES``."""
-    for wrapper in WRAPPERS:
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
-            loaded = loaded[wrapper]
+    """The state dict in the content of a file, also under some of ``NESTING_KEYS``."""
+    for key in NESTING_KEYS:
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
     if not isinstance(loaded, Mapping):
         raise UnsafePickleError(f"{path} holds a {type(loaded).__name__}, not a dict of tensors")
-    tensors = dict(loaded)
-    for prefix in WRAPPED_PREFIXES:
-        if tensors and all(isinstance(key, str) and key.startswith(prefix) for key in tensors):
-            tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-    if odd := [_described(key, value) for key, value in tensors.items() if not _is_plain(key, value)]:
+    if odd := [_described(key, value) for key, value in loaded.items() if not _is_plain(key, value)]:
         raise UnsafePickleError(f"{path} holds more than plain tensors: {listed(odd)}")
-    return {key: value.detach() for key, value in tensors.items()}
+    return {key: value.detach() for key, value in loaded.items()}
 
 
 def _check_views(tensors: Mapping[str, Tensor], path: Path, size: int) -> None:

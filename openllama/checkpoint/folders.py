@@ -13,6 +13,7 @@ a folder in between is never read as a mixture. If the process is killed there, 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -23,7 +24,7 @@ from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
-from openllama.config import CONFIG_FILE
+from openllama.config import CONFIG_FILE, read_json
 from openllama.errors import CorruptCheckpointError, DestinationBusyError, DestinationExistsError
 
 try:
@@ -33,6 +34,7 @@ except ImportError:  # Windows
 
 WORK = ".openllama.incomplete"  # inside a destination; beside one, its name comes first
 LOCK, NEW, OLD, SWAP = "lock", "new", "old", "swap.json"
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # of some network file systems
 INTERRUPTIONS = (KeyboardInterrupt, SystemExit)  # Ctrl-C, and what handlers of other signals raise
 
 
@@ -108,6 +110,8 @@ def finished_folder(destination: Path, replaced: Collection[str], resume: bool =
                 os.rename(work / NEW, folder)
                 sync(folder.parent)
         except BaseException as error:
+            if (work / SWAP).exists():  # taking back was interrupted, too: the next run does it
+                raise
             _clear(work, keep_weights=resume and isinstance(error, INTERRUPTIONS))
             if (work / NEW).is_dir():
                 error.args = (f"verified files stay in {work}; the same command goes on from there",)
@@ -117,13 +121,41 @@ def finished_folder(destination: Path, replaced: Collection[str], resume: bool =
         _clear(work)
 
 
+@contextmanager
+def finished_file(destination: Path) -> Iterator[Path]:
+    """A path; the file that the block writes there is renamed to ``destination`` if it raises no error.
+
+    Raises ``DestinationBusyError`` if another process writes to ``destination``.
+    """
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    work = _beside(destination)
+    with _locked(work, destination):
+        _clear(work)
+        try:
+            yield work / destination.name
+            sync(work / destination.name)
+            os.replace(work / destination.name, destination)
+            sync(destination.parent)
+        finally:
+            _clear(work)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise ``OSError`` if a folder has no room for so many bytes."""
+    if needed > (free := shutil.disk_usage(folder).free):
+        text = f"No space left: {needed / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free"
+        raise OSError(errno.ENOSPC, text, str(folder))
+
+
 # ---- names
 
 
 def _resolved(destination: Path) -> Path:
     """The folder that ``destination`` means, links followed."""
     if destination.is_symlink() and not destination.exists():
-        raise DestinationExistsError(f"{destination} is a link to a folder that does not exist; make it or the link go")
+        raise DestinationExistsError(
+            f"{destination} is a link to a folder that does not exist; create that folder or remove the link"
+        )
     return destination.resolve()
 
 
@@ -158,11 +190,12 @@ def _locked(work: Path, destination: Path) -> Iterator[None]:
 def _lock(work: Path, destination: Path) -> int:
     """A descriptor of the locked file; the system unlocks it when the process ends, however it ends."""
     for _ in range(100):
-        if work.is_symlink():
-            raise DestinationExistsError(f"{work} is a link, which this package does not make; remove it")
+        for path in (work, work / LOCK):
+            if path.is_symlink():
+                raise DestinationExistsError(f"{path} is a link, which this package does not make; remove it")
         work.mkdir(exist_ok=True)
         with suppress(FileNotFoundError):  # another process has just removed the folder or the file
-            descriptor = os.open(work / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = os.open(work / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
             if not _try_lock(descriptor):
                 holder = os.read(descriptor, 20).decode(errors="replace") or "another"
                 os.close(descriptor)
@@ -176,7 +209,7 @@ def _lock(work: Path, destination: Path) -> int:
 
 
 def _try_lock(descriptor: int) -> bool:
-    """Lock a file if no other process has; without the means (no known system) say yes."""
+    """Lock a file if no other process has; where the file system has no locks, say yes."""
     try:
         if fcntl is not None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -188,6 +221,9 @@ def _try_lock(descriptor: int) -> bool:
             os.lseek(descriptor, 0, os.SEEK_SET)
     except (BlockingIOError, PermissionError):
         return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
     return True
 
 
@@ -219,7 +255,7 @@ def _undo(work: Path, folder: Path) -> None:
     swap, left = _journal(work), _left(work)
     if left:
         for name in swap["in"]:
-            if name not in left:
+            if name not in left and os.path.lexists(folder / name):
                 os.rename(folder / name, work / NEW / name)
         for name in reversed(swap["out"]):
             if os.path.lexists(work / OLD / name):
@@ -239,10 +275,10 @@ def _journal(work: Path) -> dict[str, list[str]]:
     if not path.is_file():
         return {"out": [], "in": []}
     try:
-        swap = json.loads(path.read_text(encoding="utf-8"))
+        swap = read_json(path, CorruptCheckpointError)
         names = {side: [str(name) for name in swap[side]] for side in ("out", "in")}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CorruptCheckpointError(f"{path} is damaged: {error}; look what is in {work} and remove it") from error
+    except (CorruptCheckpointError, KeyError, TypeError) as error:
+        raise CorruptCheckpointError(f"{path} is damaged: {error}; look into {work}, then remove it") from error
     linked = [part for part in (work, work / NEW, work / OLD) if part.is_symlink()]
     if linked or any(name != Path(name).name or name in ("", "..") for name in (*names["out"], *names["in"])):
         raise CorruptCheckpointError(f"{path} leads out of its folder; this package did not write it: remove {work}")

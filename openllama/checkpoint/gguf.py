@@ -12,16 +12,12 @@ piece at a time, and in the end that package reads the file again.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import os
 import re
-import secrets
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,9 +25,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from openllama.checkpoint.export import check_llama, llama_tensors
+from openllama.checkpoint.folders import check_space, finished_file
+from openllama.checkpoint.meta import Assembled
 from openllama.checkpoint.names import Weights, floating_dtype
 from openllama.checkpoint.pieces import Computed, Source, pieces
 from openllama.checkpoint.reader import Checkpoint
+from openllama.checkpoint.source import SourceFiles
+from openllama.checkpoint.writer import forget
 from openllama.config import OpenLlamaConfig
 from openllama.errors import (
     CheckpointError,
@@ -95,7 +95,7 @@ def write_gguf(
 ) -> None:
     """Write ``weights`` and the tokenizer of ``source`` to the file ``dst``.
 
-    ``dtype``: as in ``convert``; None keeps the type of the weights, in which most are.
+    ``dtype``: as in ``convert``; None keeps the type of the weights, or the narrowest that holds all.
     """
     gguf = _package()
     quantised = dtype == Q8_0
@@ -110,11 +110,16 @@ def write_gguf(
     entries = _entries(weights, source.config, kind)
     total = sum(entry.nbytes for entry in entries.values())
     with (
-        _finished_file(dst, total) as path,
+        SourceFiles(source.files) as files,
+        finished_file(dst) as path,
         tqdm(total=2 * total, unit="B", unit_scale=True, desc="write, compare", disable=not progress) as bar,
     ):
-        _write(gguf, path, fields, entries, bar)
-        _compare(gguf, path, fields, entries, bar)
+        check_space(path.parent, total)
+        _write(gguf, path, fields, entries, files, bar)
+        with path.open("rb") as file:
+            forget(file.fileno())
+        _compare(gguf, path, fields, entries, files, bar)
+        files.check_unchanged()
 
 
 # ---- what cannot be exact is refused
@@ -248,9 +253,11 @@ def _entries(weights: Weights, config: OpenLlamaConfig, kind: str) -> dict[str, 
 
 
 def _interleaved(source: Source, heads: int) -> Source:
-    """The rows of q or k (H * D, C) in the order of the file, as a view (H, D/2, 2, C)."""
+    """The rows of q or k (H * D, C) in the order of the file, which is that of Meta's; as a view (H, D/2, 2, C)."""
 
     def view(tensor: Tensor) -> Tensor:
+        if isinstance(tensor, Assembled):
+            return cast(Tensor, dataclasses.replace(tensor, head_dim=None))
         return tensor.view(heads, 2, -1, tensor.shape[-1]).transpose(1, 2)
 
     if isinstance(source, Computed):
@@ -261,21 +268,14 @@ def _interleaved(source: Source, heads: int) -> Source:
 # ---- writing
 
 
-@contextmanager
-def _finished_file(dst: Path, size: int) -> Iterator[Path]:
-    """A file that is renamed to ``dst`` if the block raises no error."""
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    if size > (free := shutil.disk_usage(dst.parent).free):
-        raise OSError(errno.ENOSPC, f"No space left: {size / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free", str(dst))
-    path = dst.with_name(f".{dst.name}.{secrets.token_hex(4)}.incomplete")
-    try:
-        yield path
-        path.replace(dst)
-    finally:
-        path.unlink(missing_ok=True)
-
-
-def _write(gguf: ModuleType, path: Path, fields: Mapping[str, Any], entries: Mapping[str, _Entry], bar: Any) -> None:
+def _write(
+    gguf: ModuleType,
+    path: Path,
+    fields: Mapping[str, Any],
+    entries: Mapping[str, _Entry],
+    files: SourceFiles,
+    bar: Any,
+) -> None:
     writer = gguf.GGUFWriter(path, "llama")
     for key, value in fields.items():
         _add_field(writer, key, value)
@@ -288,7 +288,7 @@ def _write(gguf: ModuleType, path: Path, fields: Mapping[str, Any], entries: Map
     (file,) = writer.fout
     writer.write_padding(file, file.tell())
     for name, entry in entries.items():
-        for piece in _encoded(gguf, name, entry):
+        for piece in _encoded(gguf, name, entry, files):
             file.write(piece.data)
             bar.update(piece.nbytes)
         writer.write_padding(file, entry.nbytes)
@@ -307,9 +307,9 @@ def _add_field(writer: Any, key: str, value: Any) -> None:
     raise InputError(f"{key}: a {type(value).__name__} cannot be written")
 
 
-def _encoded(gguf: ModuleType, name: str, entry: _Entry) -> Iterator[np.ndarray]:
+def _encoded(gguf: ModuleType, name: str, entry: _Entry, files: SourceFiles) -> Iterator[np.ndarray]:
     """The bytes of a weight, in pieces."""
-    for piece in pieces(entry.source):
+    for piece in pieces(entry.source, files.read):
         if entry.kind == "Q8_0":
             rows = piece.reshape(-1, entry.shape[-1]).numpy()
             yield gguf.quants.quantize(rows, gguf.GGMLQuantizationType.Q8_0).reshape(-1)
@@ -320,7 +320,14 @@ def _encoded(gguf: ModuleType, name: str, entry: _Entry) -> Iterator[np.ndarray]
         yield cast.contiguous().view(-1).view(torch.uint8).numpy()
 
 
-def _compare(gguf: ModuleType, path: Path, fields: Mapping[str, Any], entries: Mapping[str, _Entry], bar: Any) -> None:
+def _compare(
+    gguf: ModuleType,
+    path: Path,
+    fields: Mapping[str, Any],
+    entries: Mapping[str, _Entry],
+    files: SourceFiles,
+    bar: Any,
+) -> None:
     """Read ``path`` again; raise ``CorruptCheckpointError`` unless it holds the fields and the bytes of the weights."""
     reader = gguf.GGUFReader(path)
     for key, value in fields.items():
@@ -330,7 +337,7 @@ def _compare(gguf: ModuleType, path: Path, fields: Mapping[str, Any], entries: M
     written = {tensor.name: tensor for tensor in reader.tensors}
     for name, entry in entries.items():
         stored, place = np.asarray(written[name].data).reshape(-1).view(np.uint8), 0
-        for piece in _encoded(gguf, name, entry):
+        for piece in _encoded(gguf, name, entry, files):
             if not np.array_equal(stored[place : place + piece.nbytes], piece):
                 raise CorruptCheckpointError(f"{path}: {name} differs when read again; is the disk or memory failing?")
             place += piece.nbytes

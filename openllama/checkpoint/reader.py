@@ -87,6 +87,7 @@ def open_checkpoint(
     if overrides:
         config = OpenLlamaConfig.from_dict(config.to_dict(), **overrides)
     if meta:
+        check_layers(tensors, config)
         return Checkpoint(path, folder, tuple(meta), "pickle", config, tensors)
     source = _find_weights(path) if path.is_dir() else path
     if source.suffix == ".json":
@@ -103,8 +104,9 @@ def open_checkpoint(
 def _refuse_ggml(path: Path) -> None:
     """Raise ``CheckpointError`` for a file of llama.cpp, and for a folder whose only weights are such files."""
     files = [path] if path.is_file() else []
-    if path.is_dir() and not any((path / name).is_file() for name in SEARCHED):
-        files = [file for file in path.iterdir() if fnmatch(file.name, "*.gguf") or fnmatch(file.name, "ggml*.bin")]
+    if path.is_dir() and not meta_files(path) and not any((path / name).is_file() for name in SEARCHED):
+        names = [file for file in path.iterdir() if fnmatch(file.name, "*.gguf") or fnmatch(file.name, "ggml*.bin")]
+        files = [file for file in names if file.is_file()]
     for file in files:
         with file.open("rb") as opened:
             magic = opened.read(4)

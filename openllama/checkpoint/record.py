@@ -16,11 +16,9 @@ from torch import Tensor
 import openllama
 from openllama.checkpoint.archives import checked_sha256
 from openllama.checkpoint.pieces import Source, as_bytes, pieces
-from openllama.checkpoint.writer import Written
+from openllama.checkpoint.writer import RECORD_FILE, Written
 from openllama.config import read_json, write_json
 from openllama.errors import CorruptCheckpointError, listed
-
-RECORD_FILE = "conversion.json"
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ def _counts(written: Written) -> dict[str, int]:
 
 
 class SourceSums:
-    """The SHA-256 of files, computed by a thread while others read the same files: what is hashed is in memory then."""
+    """The SHA-256 of files, computed by a thread while others read the same files, so that they are in memory."""
 
     def __init__(self, files: Iterable[Path]) -> None:
         self.files = tuple(files)

@@ -54,9 +54,9 @@ class SourceFiles:
         return [[str(file.resolve()), *state] for file, state in zip(self.files, self.states, strict=True)]
 
     def check_unchanged(self) -> None:
-        """Raise ``CorruptCheckpointError`` if a file has another size or time of change than when it was opened."""
-        for file, before, now in zip(self.files, self.states, self._states(), strict=True):
-            if before != now:
+        """Raise ``CorruptCheckpointError`` if a file is not the one that was opened, or was changed since."""
+        for file, descriptor, before, now in zip(self.files, self.opened, self.states, self._states(), strict=True):
+            if before != now or not os.path.samestat(os.fstat(descriptor), os.stat(file)):
                 raise CorruptCheckpointError(
                     f"{file} was changed while it was read ({before[0]} bytes at first, {now[0]} now); try again when "
                     "nothing writes to it"

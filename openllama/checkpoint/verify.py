@@ -14,7 +14,8 @@ from openllama.checkpoint.compare import Comparison, compare
 from openllama.checkpoint.names import select
 from openllama.checkpoint.pieces import Computed, is_copy, pieces
 from openllama.checkpoint.reader import open_checkpoint
-from openllama.checkpoint.record import RECORD_FILE, check_record
+from openllama.checkpoint.record import check_record
+from openllama.checkpoint.writer import RECORD_FILE
 from openllama.config import OpenLlamaConfig
 from openllama.errors import CheckpointError, CorruptCheckpointError, KeyMismatchError, listed
 

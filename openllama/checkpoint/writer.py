@@ -7,13 +7,11 @@ Python's lock, and it is what people publish beside weights.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
 import os
 import re
-import shutil
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +26,7 @@ import torch
 from torch import Tensor
 
 from openllama.checkpoint.files import DTYPES
-from openllama.checkpoint.folders import write_whole
+from openllama.checkpoint.folders import check_space, write_whole
 from openllama.checkpoint.pieces import Computed, Source, ahead, as_bytes, count_nonfinite, count_subnormal, pieces
 from openllama.checkpoint.progress import Progress
 from openllama.checkpoint.reader import ALIGNMENT, SAFETENSORS_FILE, SAFETENSORS_INDEX
@@ -36,7 +34,8 @@ from openllama.config import CONFIG_FILE, NATIVE_TYPE
 from openllama.errors import CheckpointError, CorruptCheckpointError, InputError, listed
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-OURS = (CONFIG_FILE, SAFETENSORS_FILE, SAFETENSORS_INDEX, "model-?????-of-?????.safetensors")
+RECORD_FILE = "conversion.json"
+OURS = (CONFIG_FILE, SAFETENSORS_FILE, SAFETENSORS_INDEX, "model-?????-of-?????.safetensors", RECORD_FILE)
 CHUNK = 2**23  # bytes that are read back at once
 SYNCED = 2**27  # bytes after which the disk is made to write
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -124,7 +123,7 @@ def write_weights(
     shards = plan_shards(tensors, parse_size(max_shard_size))
     total = sum(tensor.nbytes for tensor in tensors.values())
     verified = _find_verified(folder, shards, resume)
-    _check_space(folder, total - sum((folder / file).stat().st_size for file in verified))
+    check_space(folder, total - sum((folder / file).stat().st_size for file in verified))
     written: dict[str, Written] = {}
     for file, names in shards.items():
         job = _File(folder / file, {name: tensors[name] for name in names}, file_format, progress)
@@ -142,7 +141,7 @@ def write_weights(
 
 
 def _find_verified(folder: Path, shards: Mapping[str, object], resume: Resume | None) -> Files:
-    """Files that ``resume`` names and that are to be written again; other files of weights are removed."""
+    """Files that ``resume`` names and that may be kept; other files of weights are removed."""
     if resume is None:
         return {}
     found = {file.name for file in folder.glob("*.safetensors")}
@@ -150,12 +149,6 @@ def _find_verified(folder: Path, shards: Mapping[str, object], resume: Resume | 
     for file in found - verified.keys():
         (folder / file).unlink()
     return verified
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    if needed > (free := shutil.disk_usage(folder).free):
-        text = f"No space left: {needed / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free"
-        raise OSError(errno.ENOSPC, text, str(folder))
 
 
 class _File:
@@ -229,7 +222,7 @@ class _File:
         self.progress.begin("compare", self.path.name, self.nbytes)
         hashes = {name: hashlib.sha256() for name in self.tensors}
         with self.path.open("rb", buffering=0) as file:
-            _forget(file.fileno())
+            forget(file.fileno())
             if file.read(len(self.header)) != self.header or file.seek(0, 2) != len(self.header) + self.nbytes:
                 raise CorruptCheckpointError(f"{self.path}: header or size differ when read again")
             file.seek(len(self.header))
@@ -286,7 +279,7 @@ class _Disk:
             self.thread.shutdown(cancel_futures=True)
 
 
-def _forget(descriptor: int) -> None:
+def forget(descriptor: int) -> None:
     """Drop a file from the memory of the system, where it can be asked to: what is read next comes from the disk."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
