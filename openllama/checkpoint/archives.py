@@ -98,7 +98,7 @@ def _data_offset(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
 
 
 class Limited(io.RawIOBase):
-    """A file for a parser that believes each length it reads: ``read`` gives ``budget`` bytes in all, then raises."""
+    """A file for a parser that trusts every length it reads: ``read`` gives ``budget`` bytes in all, then raises."""
 
     def __init__(self, file: BinaryIO, budget: int) -> None:
         self.file, self.budget = file, budget

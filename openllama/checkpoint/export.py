@@ -80,7 +80,7 @@ def check_llama(config: OpenLlamaConfig, to: str) -> None:
     if config.rope_scaling is not None and config.rope_scaling["type"] == "dynamic":
         raise ConfigError(
             f'rope_scaling "dynamic" cannot be converted to {to}: its frequencies follow the length of each call, and '
-            "other programs keep those of the longest call, or do not have it; use native or hf"
+            "other programs keep those of the longest call, or do not support it; use native or hf"
         )
 
 

@@ -51,7 +51,7 @@ def verify(
     """Read every weight; check that names and shapes match the configuration and that all numbers are finite.
 
     ``against``: another checkpoint, of either layout, that must have the same bits after a cast to the
-    type of this one. Raises a ``CheckpointError`` that names every wrong weight.
+    type of this one. Raises a ``CheckpointError`` that names wrong weights.
     """
     checkpoint = open_checkpoint(path, config)
     tensors = select(checkpoint.tensors, checkpoint.config).tensors

@@ -1,4 +1,4 @@
-"""The command line: ``openllama convert | inspect | verify | generate | chat``, also ``python -m openllama``.
+"""The command line: ``openllama convert | inspect | verify | diff | generate | chat``, also ``python -m openllama``.
 
 Results go to stdout, messages to stderr. Input and output are UTF-8 on every system. An error is printed
 as one line, with exit code 1; ``--debug`` shows the traceback. Ctrl-C, SIGTERM and SIGHUP end with one line and exit
