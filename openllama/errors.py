@@ -89,7 +89,7 @@ class UnsafePickleError(CheckpointError, ValueError):
 
 
 class KeyMismatchError(CheckpointError, ValueError):
-    """Unknown, missing, duplicate or mis-shaped weights; the message counts them and names the first ten of each kind."""
+    """Unknown, missing, duplicate or mis-shaped weights; the message names the first ten of each kind."""
 
 
 class DestinationExistsError(CheckpointError, FileExistsError):

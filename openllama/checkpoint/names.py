@@ -165,7 +165,7 @@ def expected_shapes(config: OpenLlamaConfig, head: Head = "causal-lm") -> dict[s
 def check_layers(names: Collection[str], config: OpenLlamaConfig) -> None:
     """Raise ``KeyMismatchError`` if ``config`` has more than twice as many layers as there are weights for.
 
-    Otherwise a config.json could ask for any amount of time and memory, for modules, names and one line for each that is
+    Else a config.json could ask for any amount of time and memory, for modules, names and one line for each that is
     missing.
     """
     needed = sum(".N." in name for name in NATIVE_TO_HF) * config.num_hidden_layers
