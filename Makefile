@@ -7,7 +7,7 @@ NATIVE := checkpoints/open-llama-tiny-native
 QUICK := $(addprefix tests/test_,$(addsuffix .py,attention cache config fidelity generation losses masks names \
 	golden reader rope)) tests/parity/test_model_parity.py::test_every_value_and_gradient_is_hf_s
 
-.PHONY: help demo quick test lint check parity processors kills interop package record clean
+.PHONY: help demo quick test lint check parity processors kills fuzz interop package record clean
 
 help:
 	@echo "make demo        convert the shipped checkpoint and continue an English and a Chinese prompt"
@@ -18,6 +18,7 @@ help:
 	@echo "make parity      the long comparison with transformers 4.31.0, with thousands of models"
 	@echo "make processors  the comparison as older processors would compute it, with one and two threads"
 	@echo "make kills       kill conversions at 240 random moments and at every rename (COUNT=1000 for more moments)"
+	@echo "make fuzz        change checkpoints at random for an hour and read them (MINUTES=5 for less)"
 	@echo "make interop     the same model in transformers 4.31.0, in current transformers and in llama.cpp"
 	@echo "make package     build the wheel, install it in an empty environment and use it there"
 	@echo "make record      write tests/golden.safetensors again, confirmed by transformers 4.31.0"
@@ -47,6 +48,10 @@ parity: .venv/.installed-test
 # ARGS="--processor avx2 --threads 1" runs a part of it.
 processors: .venv/.installed-test
 	$(BIN)/python -m tests.parity.cpus $(ARGS)
+
+MINUTES ?= 60
+fuzz: .venv/.installed-test
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
 
 COUNT ?= 240
 kills: .venv/.installed-test
