@@ -49,13 +49,13 @@ parity: .venv/.installed-test
 processors: .venv/.installed-test
 	$(BIN)/python -m tests.parity.cpus $(ARGS)
 
-MINUTES ?= 60
-fuzz: .venv/.installed-test
-	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
-
 COUNT ?= 240
 kills: .venv/.installed-test
 	$(BIN)/python -m tests.kills $(COUNT)
+
+MINUTES ?= 60
+fuzz: .venv/.installed-test
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
 
 # Current transformers and llama.cpp, which is compiled (about 15 minutes), have an environment of their own. Without
 # GGML_NATIVE llama.cpp has no AMX kernels, which crash on some processors. ARGS=--small leaves out the 880 M model.

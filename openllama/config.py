@@ -13,6 +13,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openllama.errors import CheckpointNotFoundError, ConfigError, OpenLlamaError, listed
+from openllama.errors import CheckpointNotFoundError, ConfigError, OpenLlamaError, listed, warn
 
 T = TypeVar("T")
 Rule = Callable[[Any], Any]  # returns a value as it is to be kept; raises ValueError with the words after "must be"
@@ -359,6 +360,9 @@ class OpenLlamaConfig(Settings):
             raise ConfigError(f"{', '.join(unknown)}: not a field of OpenLlamaConfig")
         fields = {k: v for k, v in values.items() if k in known}
         extra = {k: v for k, v in values.items() if k not in known}
+        for key in list(extra)[:100]:
+            if similar := [name for name in get_close_matches(key, known, 1, 0.85) if name not in fields]:
+                warn(f"{key} is not a field of the configuration, and {similar[0]} has its default: is it misspelt?")
         return cls(**{**fields, **overrides}, extra=extra)
 
     @classmethod

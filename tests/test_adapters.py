@@ -15,7 +15,13 @@ from openllama.checkpoint import convert, inspect
 from openllama.checkpoint.adapters import MODULES, WORDS, convert_adapter, rename_adapter, rename_config
 from openllama.checkpoint.files import open_file
 from openllama.checkpoint.names import HF_TO_NATIVE
-from openllama.errors import CheckpointNotFoundError, CorruptCheckpointError, DestinationExistsError, KeyMismatchError
+from openllama.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    DestinationExistsError,
+    InputError,
+    KeyMismatchError,
+)
 from tests.checkpoints import assert_same_tensors
 
 CONFIG = {"peft_type": "LORA", "target_modules": ["q_proj"], "r": 2}
@@ -141,3 +147,10 @@ def test_a_model_is_not_replaced_by_an_adapter_and_large_numbers_stay_finite(tmp
     with pytest.raises(CorruptCheckpointError, match="too large for float16"):
         convert(tmp_path / "hf", tmp_path / "half", dtype="float16")
     assert not (tmp_path / "half").exists()
+
+
+def test_options_for_models_are_refused_for_adapters(tmp_path: Path) -> None:
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    adapter(tmp_path / "hf", {name: torch.ones(2, 8)}, target_modules=["q_proj"])
+    with pytest.raises(InputError, match="--ignore"):
+        convert(tmp_path / "hf", tmp_path / "native", ignore=["*"])

@@ -486,3 +486,10 @@ def test_a_conversation_with_the_shipped_model_goes_as_the_transcript_says(capsy
     code, out, _ = run(capsys, "chat", folder, *options)
     assert code == 0
     assert out == "".join(line for line in transcript.splitlines(keepends=True) if not line.startswith("> "))
+
+
+def test_generate_says_what_a_folder_or_file_is(capsys, folder, tmp_path):
+    (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(60))
+    code, _, err = run(capsys, "generate", tmp_path / "x.gguf", "--prompt", "a")
+    assert code == 1
+    assert "is a file of llama.cpp" in err

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -317,3 +318,11 @@ def test_numbers_that_json_does_not_have(tmp_path: Path, number: str) -> None:
     (tmp_path / "config.json").write_text(f'{{"custom": {number}}}')
     with pytest.raises(ConfigError, match=number):
         OpenLlamaConfig.from_pretrained(tmp_path)
+
+
+def test_a_key_that_looks_like_a_field_that_is_not_given_is_warned_of(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="rms_norm_epsilon is not a field .* rms_norm_eps has its default"):
+        assert OpenLlamaConfig.from_dict({"rms_norm_epsilon": 1e-5}).rms_norm_eps == 1e-6
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        OpenLlamaConfig.from_dict({"rms_norm_epsilon": 1e-5, "rms_norm_eps": 1e-5, "transformers_version": "4.31.0"})

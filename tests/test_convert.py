@@ -298,10 +298,17 @@ def test_an_error_leaves_nothing_behind(
     assert sorted(path.name for path in tmp_path.iterdir()) == (["native", "source"] if exists else ["source"])
 
 
-@pytest.mark.parametrize("wrong", [{"to": "onnx"}, {"max_shard_size": "4kbb"}, {"dtype": "int3"}])
+@pytest.mark.parametrize("wrong", [{"to": "onnx"}, {"max_shard_size": "4kbb"}, {"dtype": "int3"}, {"dtype": "q8_0"}])
 def test_arguments_are_checked_before_anything_is_read(tmp_path: Path, wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"is not one of|is not a size"):
+    with pytest.raises(ValueError, match=r"is not one of|is not a size|is for gguf alone"):
         convert(tmp_path / "absent", tmp_path / "native", **wrong)
+
+
+def test_a_broken_generation_config_is_refused_before_work(source: Path, tmp_path: Path) -> None:
+    (source / "generation_config.json").write_text('{"a":')
+    with pytest.raises(ConfigError, match=r"generation_config\.json is not valid JSON"):
+        run(source, tmp_path / "native")
+    assert not (tmp_path / "native").exists()
 
 
 # ---- verify

@@ -1,4 +1,4 @@
-"""Every file of the corpus ends in an error of the package or in success: in time, in memory, without code that runs."""
+"""Every file of the corpus ends in an error of the package or in success: in time, in memory, and no code runs."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def found_wrong(names: list[str], folder: Path) -> dict[str, list[str]]:
 
 
 def test_the_corpus(tmp_path: Path) -> None:
-    """Of the hundreds of cases with one odd field, one in ten is run; `make fuzz` runs all."""
+    """Of the hundreds of cases with one odd field, one in forty is run; `make fuzz` runs all."""
     fields = [name for name in corpus() if " is " in name]
-    names = [name for name in corpus() if " is " not in name] + fields[::10]
+    names = [name for name in corpus() if " is " not in name] + fields[::40]
     with multiprocessing.get_context("spawn").Pool(1) as pool:  # so that memory is measured of this alone
         assert pool.apply(found_wrong, (names, tmp_path)) == {}
 
 
-@pytest.mark.parametrize("start", ["pytorch_model.bin", "model.safetensors", "config.json: lists"])
+@pytest.mark.parametrize("start", ["pytorch_model.bin:", "model.safetensors:", "config.json: lists"])
 def test_weights_and_descriptions_of_the_corpus_are_refused(tmp_path: Path, start: str) -> None:
     for name, case in corpus().items():
         if name.startswith(start):

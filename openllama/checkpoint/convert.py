@@ -19,7 +19,7 @@ from openllama.checkpoint.names import Weights, floating_dtype, is_buffer, selec
 from openllama.checkpoint.progress import ShownProgress
 from openllama.checkpoint.reader import Checkpoint, open_checkpoint
 from openllama.checkpoint.record import Record, SourceSums
-from openllama.checkpoint.reports import check_tokenizer, remarks, warn_of_numbers
+from openllama.checkpoint.reports import check_generation_config, check_tokenizer, remarks, warn_of_numbers
 from openllama.checkpoint.source import SourceFiles
 from openllama.checkpoint.writer import OURS, Resume, parse_size, write_weights
 from openllama.config import CONFIG_FILE, OpenLlamaConfig, read_limited, write_json
@@ -68,15 +68,19 @@ def convert(
     Raises ``CheckpointError`` or a subclass of it, ``ConfigError`` also for what the other program does not
     compute, ``TokenizerError`` for a tokenizer that it does not have, or ``OSError`` if the disk is full.
     """
-    cast_to = None if (to, dtype) == ("gguf", Q8_0) else floating_dtype(dtype)
+    if dtype == Q8_0 and to != "gguf":
+        raise InputError(f"dtype {Q8_0} is for gguf alone, not for {to}")
     if to not in (*FORMS, "gguf"):
         raise InputError(f"{to!r} is not one of {', '.join(FORMS)}, gguf")
     parse_size(max_shard_size)
+    cast_to = None if dtype == Q8_0 else floating_dtype(dtype)
     dst = Path(dst).expanduser()
     if to != "gguf" and not local_path(src).exists():
         check_destination(dst, overwrite)  # before a download
     src = fetch(src, revision)
     if is_adapter(src):
+        if ignore or config is not None:
+            raise InputError(f"{src} is an adapter: ignore (--ignore) and config (--config) are for models")
         return convert_adapter(src, dst, to, dtype=dtype, overwrite=overwrite)
     with heard() as warnings:
         source = open_checkpoint(src, config)
@@ -85,6 +89,7 @@ def convert(
             return write_gguf(source, weights, dst, dtype=dtype, overwrite=overwrite, progress=progress)
         _check_places(src, dst, overwrite)
         check_tokenizer(source.folder, source.config.vocab_size)
+        check_generation_config(source.folder)
         exported = export(to, weights, source.config, cast_to, source.folder)
         record = Record(to, _name(cast_to), _left_out(source, weights, ignore), warnings)
         warnings += remarks(weights, source.config)

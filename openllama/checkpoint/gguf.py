@@ -22,13 +22,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from openllama.checkpoint.export import check_llama, llama_tensors
 from openllama.checkpoint.folders import check_space, finished_file
 from openllama.checkpoint.meta import Assembled
 from openllama.checkpoint.names import Weights, floating_dtype
 from openllama.checkpoint.pieces import Computed, Source, pieces
+from openllama.checkpoint.progress import Progress, ShownProgress
 from openllama.checkpoint.reader import Checkpoint
 from openllama.checkpoint.source import SourceFiles
 from openllama.checkpoint.writer import forget
@@ -112,13 +112,16 @@ def write_gguf(
     with (
         SourceFiles(source.files) as files,
         finished_file(dst) as path,
-        tqdm(total=2 * total, unit="B", unit_scale=True, desc="write, compare", disable=not progress) as bar,
     ):
+        bar = ShownProgress(total) if progress else Progress()
+        bar.begin("write", dst.name, total)
         check_space(path.parent, total)
         _write(gguf, path, fields, entries, files, bar)
         with path.open("rb") as file:
             forget(file.fileno())
+        bar.begin("compare", dst.name, total)
         _compare(gguf, path, fields, entries, files, bar)
+        bar.close()
         files.check_unchanged()
 
 
@@ -274,7 +277,7 @@ def _write(
     fields: Mapping[str, Any],
     entries: Mapping[str, _Entry],
     files: SourceFiles,
-    bar: Any,
+    bar: Progress,
 ) -> None:
     writer = gguf.GGUFWriter(path, "llama")
     for key, value in fields.items():
@@ -290,7 +293,7 @@ def _write(
     for name, entry in entries.items():
         for piece in _encoded(gguf, name, entry, files):
             file.write(piece.data)
-            bar.update(piece.nbytes)
+            bar.tick(piece.nbytes)
         writer.write_padding(file, entry.nbytes)
     file.flush()
     os.fsync(file.fileno())
@@ -326,7 +329,7 @@ def _compare(
     fields: Mapping[str, Any],
     entries: Mapping[str, _Entry],
     files: SourceFiles,
-    bar: Any,
+    bar: Progress,
 ) -> None:
     """Read ``path`` again; raise ``CorruptCheckpointError`` unless it holds the fields and the bytes of the weights."""
     reader = gguf.GGUFReader(path)
@@ -341,4 +344,4 @@ def _compare(
             if not np.array_equal(stored[place : place + piece.nbytes], piece):
                 raise CorruptCheckpointError(f"{path}: {name} differs when read again; is the disk or memory failing?")
             place += piece.nbytes
-            bar.update(piece.nbytes)
+            bar.tick(piece.nbytes)

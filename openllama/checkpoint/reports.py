@@ -9,6 +9,7 @@ from openllama.checkpoint.names import EMBEDDING, Weights
 from openllama.checkpoint.writer import Written
 from openllama.config import OpenLlamaConfig
 from openllama.errors import TokenizerError, listed, warn
+from openllama.generation.config import GENERATION_CONFIG_FILE, GenerationConfig
 from openllama.tokenizer import OpenLlamaTokenizer
 
 TOKENIZER_MODEL, TOKENIZER_JSON = "tokenizer.model", "tokenizer.json"
@@ -27,6 +28,12 @@ def remarks(weights: Weights, config: OpenLlamaConfig) -> list[str]:
     if row is None or not weights.tensors[EMBEDDING][row].any():
         return []
     return [f"row {row} of {EMBEDDING}, of pad_token_id, is not zero: the model was trained with another padding id"]
+
+
+def check_generation_config(folder: Path) -> None:
+    """Read generation_config.json, if there is one, before it is copied; raises ``ConfigError`` if it is broken."""
+    if (folder / GENERATION_CONFIG_FILE).is_file():
+        GenerationConfig.from_pretrained(folder)
 
 
 def check_tokenizer(folder: Path, vocab_size: int) -> None:

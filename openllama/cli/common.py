@@ -38,8 +38,8 @@ def load(options: argparse.Namespace) -> tuple[OpenLlamaForCausalLM, OpenLlamaTo
         torch.empty(0, device=options.device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
-    tokenizer = OpenLlamaTokenizer.from_pretrained(options.dir)
     model = _load_model(options.dir, options)
+    tokenizer = OpenLlamaTokenizer.from_pretrained(options.dir)
     if len(tokenizer) > model.config.vocab_size:
         raise InputError(
             f"the tokenizer of {options.dir} has {len(tokenizer)} tokens, the model only {model.config.vocab_size}; "
