@@ -7,9 +7,8 @@ from pathlib import Path
 
 from openllama.checkpoint.names import EMBEDDING, Weights
 from openllama.checkpoint.writer import Written
-from openllama.config import OpenLlamaConfig
-from openllama.errors import TokenizerError, listed, warn
-from openllama.generation.config import GENERATION_CONFIG_FILE, GenerationConfig
+from openllama.config import OpenLlamaConfig, read_json
+from openllama.errors import ConfigError, TokenizerError, listed, warn
 from openllama.tokenizer import OpenLlamaTokenizer
 
 TOKENIZER_MODEL, TOKENIZER_JSON = "tokenizer.model", "tokenizer.json"
@@ -32,8 +31,8 @@ def remarks(weights: Weights, config: OpenLlamaConfig) -> list[str]:
 
 def check_generation_config(folder: Path) -> None:
     """Read generation_config.json, if there is one, before it is copied; raises ``ConfigError`` if it is broken."""
-    if (folder / GENERATION_CONFIG_FILE).is_file():
-        GenerationConfig.from_pretrained(folder)
+    if (folder / "generation_config.json").is_file():
+        read_json(folder / "generation_config.json", ConfigError)
 
 
 def check_tokenizer(folder: Path, vocab_size: int) -> None:
