@@ -7,7 +7,7 @@ NATIVE := checkpoints/open-llama-tiny-native
 QUICK := $(addprefix tests/test_,$(addsuffix .py,attention cache config fidelity generation losses masks names \
 	golden reader rope)) tests/parity/test_model_parity.py::test_every_value_and_gradient_is_hf_s
 
-.PHONY: help demo quick test lint check parity processors package record clean
+.PHONY: help demo quick test lint check parity processors fuzz package record clean
 
 help:
 	@echo "make demo        convert the shipped checkpoint and continue an English and a Chinese prompt"
@@ -17,6 +17,7 @@ help:
 	@echo "make check       lint, types and the test suite: before a pull request"
 	@echo "make parity      the long comparison with transformers 4.31.0, with thousands of models"
 	@echo "make processors  the comparison as older processors would compute it, with one and two threads"
+	@echo "make fuzz        an hour of hostile and damaged checkpoints"
 	@echo "make package     build the wheel, install it in an empty environment and use it there"
 	@echo "make record      write tests/golden.safetensors again, confirmed by transformers 4.31.0"
 	@echo "make clean       remove .venv and what make demo wrote"
@@ -45,6 +46,10 @@ parity: .venv/.installed-test
 # ARGS="--processor avx2 --threads 1" runs a part of it.
 processors: .venv/.installed-test
 	$(BIN)/python -m tests.parity.cpus $(ARGS)
+
+# ARGS="--minutes 1 --seed 7" is shorter, and the same each time.
+fuzz: .venv/.installed-test
+	$(BIN)/python -m tests.fuzz $(ARGS)
 
 package:
 	$(PYTHON) .ci/package.py

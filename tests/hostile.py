@@ -241,14 +241,28 @@ def _safetensors_cases() -> Iterator[tuple[str, Case]]:
         yield f"model.safetensors: {what}", case
 
 
+def _found_by_index(case: Case) -> Case:
+    """``case`` where the index is what is read: a file with the usual name goes first."""
+
+    def moved(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / "part.safetensors")
+        case(folder)
+
+    return moved
+
+
 def corpus() -> dict[str, Case]:
     """All cases by name."""
     cases = dict(_json_cases()) | dict(_field_cases()) | dict(_pickle_cases()) | dict(_safetensors_cases())
     for name in (*JSON_FILES, "tokenizer.model", "model.safetensors"):
         for what, make in _kinds_of_no_file().items():
             cases[f"{name}: {what}"] = lambda folder, name=name, make=make: _no_file(folder / name, make)
-    model = {"empty": b"", "garbage": bytes(range(256)) * 9, "a pointer": b"version https://git-lfs.github.com/spec/v1\n"}
+    model = {
+        "empty": b"",
+        "garbage": bytes(range(256)) * 9,
+        "a pointer": b"version https://git-lfs.github.com/spec/v1\n",
+    }
     for what, content in model.items():
         cases[f"tokenizer.model: {what}"] = lambda folder, c=content: _write(folder / "tokenizer.model", c)
     cases["tokenizer.model: a terabyte"] = lambda folder: sparse(folder / "tokenizer.model")
-    return cases
+    return {name: _found_by_index(case) if ".index." in name else case for name, case in cases.items()}

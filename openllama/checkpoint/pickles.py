@@ -1,6 +1,6 @@
 """A look at a pickle before it is read: tuples can be small in the file and endless to compare.
 
-    t1 = (1, 1); t2 = (t1, t1); ... t40 = (t39, t39)     five bytes each, but {t40: 0} hashes 2 ** 40 numbers
+t1 = (1, 1); t2 = (t1, t1); ... t40 = (t39, t39)     five bytes each, but {t40: 0} hashes 2 ** 40 numbers
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def check_tuples(file: BinaryIO) -> None:
         elif code.name != "STOP":
             if pickletools.stackslice in code.stack_before:
                 _popped(stack, None)
-            before = [kind for kind in code.stack_before if kind not in (pickletools.markobject, pickletools.stackslice)]
+            before = [
+                kind for kind in code.stack_before if kind not in (pickletools.markobject, pickletools.stackslice)
+            ]
             _popped(stack, len(before))
             stack += [1] * len(code.stack_after)
 

@@ -125,9 +125,7 @@ def _open(
 def _compare(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], path: object, against: object) -> str | None:
     """Raise unless all bits are equal; returns the type that ``theirs`` had to be cast to, if any."""
     if mine.keys() != theirs.keys():
-        raise KeyMismatchError(
-            f"only one of {path} and {against} holds {listed(sorted(mine.keys() ^ theirs.keys()))}"
-        )
+        raise KeyMismatchError(f"only one of {path} and {against} holds {listed(sorted(mine.keys() ^ theirs.keys()))}")
     different = [name for name in mine if not is_copy(mine[name], Computed(theirs[name], mine[name].dtype))]
     if different:
         raise CheckpointError(f"{path} and {against} differ in {listed(different)}")

@@ -1,0 +1,41 @@
+"""Every file of the corpus ends in an error of the package or in success: in time, in memory, without code that runs."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from pathlib import Path
+
+import pytest
+
+from openllama.checkpoint import verify
+from openllama.errors import OpenLlamaError
+from tests.attacks import attacks, good_folder
+from tests.hostile import corpus
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs pipes, files with holes and /proc")
+
+
+def found_wrong(names: list[str], folder: Path) -> dict[str, list[str]]:
+    cases = corpus()
+    return {name: wrong for name, _, wrong in attacks({name: cases[name] for name in names}, folder) if wrong}
+
+
+def test_the_corpus(tmp_path: Path) -> None:
+    """Of the hundreds of cases with one odd field, one in 25 is run; `make fuzz` runs all."""
+    fields = [name for name in corpus() if " is " in name]
+    names = [name for name in corpus() if " is " not in name] + fields[::25]
+    with multiprocessing.get_context("spawn").Pool(1) as pool:  # so that memory is measured of this alone
+        assert pool.apply(found_wrong, (names, tmp_path)) == {}
+
+
+@pytest.mark.parametrize("start", ["pytorch_model.bin", "model.safetensors", "config.json: lists"])
+def test_weights_and_descriptions_of_the_corpus_are_refused(tmp_path: Path, start: str) -> None:
+    for name, case in corpus().items():
+        if name.startswith(start):
+            folder = good_folder(tmp_path / "checkpoint")
+            case(folder)
+            with pytest.raises((OpenLlamaError, OSError)):
+                verify(folder)
+            for path in folder.iterdir():
+                path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
