@@ -55,7 +55,7 @@ def integer(least: float = -math.inf, hint: str = "", most: int = MAX_INTEGER) -
     def rule(value: Any) -> int:
         if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
             raise ValueError(f"an integer{f' of at least {least}' if least > -math.inf else ''}{hint}")
-        if abs(value) > most:
+        if abs(int(value)) > most:
             raise ValueError(f"an integer of at most {most}")
         return int(value)
 
@@ -69,7 +69,11 @@ def number(interval: str = "(-inf, inf)", hint: str = "") -> Rule:
 
     def rule(value: Any) -> Any:
         is_number = isinstance(value, Real) and not isinstance(value, bool)
-        if is_number and (low < value < high or value in ends) and (value in ends or abs(value) <= MAX_NUMBER):
+        if (
+            is_number
+            and (low < value < high or value in ends)
+            and not (isinstance(value, int) and abs(value) > MAX_NUMBER)
+        ):
             return value if type(value) in (int, float) else float(value)
         raise ValueError(f"a number in {interval}{hint}")
 

@@ -2,8 +2,8 @@
 
     python -m tests.fuzz --minutes 60 [--seed N]
 
-First comes the whole corpus of ``tests.hostile``. Prints the seed; stops with exit code 1 at an exception that is not the
-package's, more than 10 s, more than 1 GB, or a file that was written elsewhere. What is found becomes a case there.
+First comes the whole corpus of ``tests.hostile``. Prints the seed; stops with exit code 1 at an exception that is not
+the package's, more than 10 s, more than 1 GB, or a file that was written elsewhere. What is found becomes a case there.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from tests.attacks import attack, attacks, good_folder
 from tests.checkpoints import FORMS
 from tests.hostile import corpus
 
-DIGITS, PIECES = b"0123456789-.eE", [b"null", b"true", b"[", b"]", b"{", b"}", b'"', b",", b":", b"NaN", b"1e999",
-                                     b"\xff" * 8, b"\x00" * 8, b"\x7f" + b"\xff" * 7, b"PK\x03\x04", b"\x1b[2J"]  # fmt: skip
+DIGITS = b"0123456789-.eE"
+PIECES = [b"null", b"true", b"[", b"]", b"{", b"}", b'"', b",", b":", b"NaN", b"1e999", b"\xff" * 8, b"\x00" * 8,
+          b"\x7f" + b"\xff" * 7, b"PK\x03\x04", b"\x1b[2J"]  # fmt: skip
 
 
 def mutate(path: Path, draw: random.Random) -> None:

@@ -65,7 +65,9 @@ def test_a_tensor_that_reaches_beyond_its_storage(tmp_path: Path, legacy: bool) 
     open_file(path)
     for offset, shape, stride in ((0, (7,), (1,)), (1, (6,), (1,)), (0, (2,), (6,)), (2**62, (1,), (1,))):
         pickle_of(path, {"a": (4, 0, (3,), (1,)), "b": (6, offset, shape, stride)}, legacy=legacy)
-        with pytest.raises(CorruptCheckpointError, match="b is damaged|wrong byte size|larger than its storage"):
+        with pytest.raises(
+            CorruptCheckpointError, match=r"b is damaged|byte size|larger than its storage|calculation overflowed"
+        ):
             open_file(path)
 
 

@@ -1,4 +1,4 @@
-"""Every file of the corpus ends in an error of the package or in success: in time, in memory, without code that runs."""
+"""Every file of the corpus ends in an error of the package or in success, in time and memory, and runs no code."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ class Limited(io.RawIOBase):
         return self._paid(self.file.readline(self.budget + 1))
 
     def readinto(self, buffer: Any) -> int:
-        return self.file.readinto(buffer)  # type: ignore[attr-defined, no-any-return]  # the caller has the memory
+        return self.file.readinto(buffer)  # type: ignore[attr-defined]  # the caller has the memory
 
     def _paid(self, content: bytes) -> bytes:
         self.budget -= len(content)
@@ -159,7 +159,7 @@ def load_archive(path: Path) -> tuple[Any, dict[int, Record]]:
 
 
 def mapped(tensor: Tensor, records: Mapping[int, Record], mapping: mmap.mmap) -> Tensor:
-    """The tensor of ``load_archive`` with its numbers, which lie in the mapped file; raises ValueError if they do not."""
+    """The tensor of ``load_archive`` with its numbers, which lie in the mapped file, or ValueError."""
     storage = tensor.untyped_storage()
     record = records.get(getattr(storage, "_checkpoint_offset", -1))
     if record is None:

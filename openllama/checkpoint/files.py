@@ -142,7 +142,7 @@ def _load_legacy(path: Path, size: int) -> dict[str, Tensor]:
     sizes: list[int] = []
     left = size
 
-    def filled(storage: torch.UntypedStorage, device: str) -> torch.UntypedStorage:
+    def filled(storage: Any, device: str) -> Any:
         nonlocal left
         storages.append(storage)
         sizes.append(storage.nbytes())
@@ -152,11 +152,12 @@ def _load_legacy(path: Path, size: int) -> dict[str, Tensor]:
         return storage.fill_(0xFF)  # NaN, should the file hold no numbers for this storage
 
     with _translated_errors(path), path.open("rb") as file:
-        limited = Limited(file, MAX_PICKLE)
+        limited: Any = Limited(file, MAX_PICKLE)
         for _ in range(_LEGACY_PICKLES):
-            check_tuples(limited)  # type: ignore[arg-type]
+            check_tuples(limited)
         file.seek(0)
-        tensors = _plain_tensors(torch.load(Limited(file, MAX_PICKLE), map_location=filled, weights_only=True), path)
+        again: Any = Limited(file, MAX_PICKLE)
+        tensors = _plain_tensors(torch.load(again, map_location=filled, weights_only=True), path)
     if [storage.nbytes() for storage in storages] != sizes:  # torch enlarges one that is too small for its tensor
         raise CorruptCheckpointError(f"{path} is damaged: a tensor is larger than its storage")
     addresses = {storage.data_ptr() for storage in storages}
@@ -213,7 +214,7 @@ def _described(key: object, value: object) -> str:
     return f"{key!r} is a {type(value).__name__}" if isinstance(key, (str, int)) else f"a key is a {type(key).__name__}"
 
 
-def _is_plain(key: object, value: object) -> bool:
+def _is_plain(key: object, value: Any) -> bool:
     return (
         isinstance(key, str)
         and type(value) in (Tensor, torch.nn.Parameter)

@@ -45,7 +45,7 @@ def check_tuples(file: BinaryIO) -> None:
 
 def _popped(stack: list[int], count: int | None) -> list[int]:
     """Take ``count`` values from the stack, or all down to the last mark, which goes with them."""
-    values = []
+    values: list[int] = []
     while count is None or len(values) < count:
         value = stack.pop()
         if count is None and value == _MARK:
