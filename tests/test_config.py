@@ -305,3 +305,22 @@ def test_a_config_json_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(b'{"a": "\xff"}')
     with pytest.raises(ConfigError, match=r"config\.json"):
         OpenLlamaConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    (b'{"a": ' + b"[" * 10**5, "is not valid JSON"),
+    (b'{"a": ' + b"[" * 70 + b"]" * 70 + b"}", "nests objects and lists more than 64 deep"),
+    (b" " * (2**23 + 1), "bytes; at most 8,388,608 are read"),
+    (b'{"a": "\xff"}', "is not valid JSON"),
+    (b'{"num_hidden_layers": 1000000000000}', "an integer of at most 100000"),
+    (b'{"vocab_size": 1' + b"0" * 400 + b"}", "an integer of at most"),
+    (b'{"rms_norm_eps": 1' + b"0" * 400 + b"}", "a number in"),
+    (b'{"rms_norm_eps": 1e400}', "a number in"),
+    (b'{"rms_norm_eps": NaN}', "a number in"),
+    (b'{"id2label": 3}', "id2label must be"),
+    (b'{"model_type": "llama", "rope_parameters": [1]}', "rope_parameters must be"),
+])  # fmt: skip
+def test_hostile_files(tmp_path, text, message):
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(ConfigError, match=message):
+        OpenLlamaConfig.from_pretrained(tmp_path)

@@ -50,9 +50,12 @@ def load_model(path: Path, options: Mapping[str, Any]) -> tuple[Any, bytes]:
     if not content:
         raise TokenizerError(f"{path} is empty")
     try:
-        return sentencepiece.SentencePieceProcessor(model_proto=content, **options), content
+        model = sentencepiece.SentencePieceProcessor(model_proto=content, **options)
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise TokenizerError(f"{path} is not a sentencepiece model: {error}") from error
+    if not 0 <= model.unk_id() < model.get_piece_size():
+        raise TokenizerError(f"{path} has {model.get_piece_size()} pieces and none for unknown text; is it truncated?")
+    return model, content
 
 
 def read_folder(folder: Path) -> dict[str, Any]:
