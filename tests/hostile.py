@@ -169,7 +169,7 @@ def _data(data: bytes) -> Case:
 
 def _doubled(times: int) -> bytes:
     """A tuple of two tuples of two tuples ...: 2 ** times elements in some bytes each."""
-    return b"K\x01" + b"".join(b"q%cq%ch%c\x86" % (i, i, i) for i in range(times))
+    return b"K\x01" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(times))
 
 
 def _pickle_cases() -> Iterator[tuple[str, Case]]:
