@@ -55,7 +55,7 @@ kills: .venv/.installed-test
 
 MINUTES ?= 60
 fuzz: .venv/.installed-test
-	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(ARGS)
 
 # Current transformers and llama.cpp, which is compiled (about 15 minutes), have an environment of their own. Without
 # GGML_NATIVE llama.cpp has no AMX kernels, which crash on some processors. ARGS=--small leaves out the 880 M model.

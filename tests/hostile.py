@@ -169,7 +169,7 @@ def _data(data: bytes) -> Case:
 
 def _doubled(times: int) -> bytes:
     """A tuple of two tuples of two tuples ...: 2 ** times elements in some bytes each."""
-    return b"K\x01" + b"".join(b"q%cq%ch%c\x86" % (i, i, i) for i in range(times))
+    return b"K\x01" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(times))
 
 
 def _pickle_cases() -> Iterator[tuple[str, Case]]:
@@ -241,6 +241,11 @@ def _safetensors_cases() -> Iterator[tuple[str, Case]]:
         yield f"model.safetensors: {what}", case
 
 
+def _without_unk(folder: Path) -> None:
+    path = folder / "tokenizer.model"
+    path.write_bytes(b"\x1a" + path.read_bytes()[1:])  # the first piece becomes a field of the trainer
+
+
 def _found_by_index(case: Case) -> Case:
     """``case`` where the index is what is read: a file with the usual name goes first."""
 
@@ -264,5 +269,6 @@ def corpus() -> dict[str, Case]:
     }
     for what, content in model.items():
         cases[f"tokenizer.model: {what}"] = lambda folder, c=content: _write(folder / "tokenizer.model", c)
+    cases["tokenizer.model: no piece for unknown text"] = _without_unk
     cases["tokenizer.model: a terabyte"] = lambda folder: sparse(folder / "tokenizer.model")
     return {name: _found_by_index(case) if ".index." in name else case for name, case in cases.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import struct
 import zipfile
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 from openllama.checkpoint import convert, verify
 from openllama.checkpoint.archives import checked_sha256, read_records
 from openllama.checkpoint.files import open_file
+from openllama.checkpoint.pickles import check_tuples
 from openllama.errors import CorruptCheckpointError
 from tests.checkpoints import assert_same_tensors, hf_weights, tiny_config, write_checkpoint
 from tests.hostile import pickle_of, pickled, rewritten
@@ -198,3 +200,26 @@ def test_archives_without_checksums(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="holds no checksums"):
         checked_sha256(tmp_path / "x.bin")
     assert_same_tensors(open_file(tmp_path / "x.bin"), WEIGHTS)
+
+
+@pytest.mark.filterwarnings("ignore:.*before 1.6")
+def test_numbers_that_a_file_from_before_1_6_leaves_out(tmp_path: Path) -> None:
+    path = tmp_path / "x.bin"
+    for shape, message in (((3,), None), ((7,), "larger than its storage")):
+        content = pickle_of(path, {"a": (6, 0, shape, (1,))}, legacy=True).read_bytes()
+        with path.open("rb") as file:
+            for _ in range(4):
+                check_tuples(file)
+            end = file.tell()
+        path.write_bytes(content[:end] + pickle.dumps([], 2) + bytes(100))  # no list of storages
+        if message is None:
+            assert open_file(path)["a"].isnan().all()
+        else:
+            with pytest.raises(CorruptCheckpointError, match=message):
+                open_file(path)
+
+
+def test_a_tuple_doubled_forty_times_is_found_before_it_is_hashed(tmp_path: Path) -> None:
+    doubled = b"K\x01" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(40))
+    with pytest.raises(CorruptCheckpointError, match="a tuple of more than 100,000 elements"):
+        open_file(pickled(tmp_path / "x.bin", b"\x80\x02}" + doubled + b"K\x01s."))

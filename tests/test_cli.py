@@ -7,6 +7,7 @@ import io
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from openllama import OpenLlamaForCausalLM
+from openllama import OpenLlamaConfig, OpenLlamaForCausalLM
 from openllama.cli import main
 from openllama.tokenizer import OpenLlamaTokenizer
 from tests.checkpoints import hf_weights, tiny_config, write_checkpoint
@@ -144,6 +145,16 @@ def test_generate_never_draws_an_id_without_a_piece(capsys, folder):
     code, out, _ = run(capsys, "generate", folder, "--prompt", "a", "--max-new-tokens", 60, "--temperature", 50)
     assert code == 0, "an id above the tokenizer's pieces cannot be decoded"
     assert len(out) > 20
+
+
+def test_a_tokenizer_larger_than_its_model_is_refused(capsys, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    pieces, rows = len(OpenLlamaTokenizer.from_pretrained(folder)), OpenLlamaConfig.from_pretrained(folder).vocab_size
+    added = {f"<t{i}>": pieces + i for i in range(rows - pieces + 1)}
+    (tmp_path / "copy" / "added_tokens.json").write_text(json.dumps(added))
+    code, _, err = run(capsys, "generate", tmp_path / "copy", "--prompt", "To")
+    assert code == 1
+    assert f"has {rows + 1} tokens, the model only {rows}" in err
 
 
 def test_generate_reads_the_prompt_from_standard_input(capsys, folder, monkeypatch):

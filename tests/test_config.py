@@ -326,3 +326,22 @@ def test_a_key_that_looks_like_a_field_that_is_not_given_is_warned_of(tmp_path: 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         OpenLlamaConfig.from_dict({"rms_norm_epsilon": 1e-5, "rms_norm_eps": 1e-5, "transformers_version": "4.31.0"})
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    (b'{"a": ' + b"[" * 10**5, "is not valid JSON"),
+    (b'{"a": ' + b"[" * 70 + b"]" * 70 + b"}", "nests objects and lists more than 64 deep"),
+    (b" " * (2**23 + 1), "bytes; at most 8,388,608 are read"),
+    (b'{"a": "\xff"}', "is not valid JSON"),
+    (b'{"num_hidden_layers": 1000000000000}', "an integer of at most 100000"),
+    (b'{"vocab_size": 1' + b"0" * 400 + b"}", "an integer of at most"),
+    (b'{"rms_norm_eps": 1' + b"0" * 400 + b"}", "a number in"),
+    (b'{"rms_norm_eps": 1e400}', "a number in"),
+    (b'{"rms_norm_eps": NaN}', "NaN is not JSON"),
+    (b'{"id2label": 3}', "id2label must be"),
+    (b'{"model_type": "llama", "rope_parameters": [1]}', "rope_parameters must be"),
+])  # fmt: skip
+def test_hostile_files(tmp_path, text, message):
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(ConfigError, match=message):
+        OpenLlamaConfig.from_pretrained(tmp_path)

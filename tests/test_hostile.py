@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from openllama import OpenLlamaTokenizer
 from openllama.checkpoint import verify
-from openllama.errors import OpenLlamaError
+from openllama.errors import OpenLlamaError, TokenizerError
 from tests.attacks import attacks, good_folder
 from tests.hostile import corpus
 
@@ -39,3 +40,10 @@ def test_weights_and_descriptions_of_the_corpus_are_refused(tmp_path: Path, star
                 verify(folder)
             for path in folder.iterdir():
                 path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def test_a_tokenizer_without_a_piece_for_unknown_text(tmp_path: Path) -> None:
+    folder = good_folder(tmp_path)
+    corpus()["tokenizer.model: no piece for unknown text"](folder)
+    with pytest.raises(TokenizerError, match="has 4599 pieces and none for unknown text"):
+        OpenLlamaTokenizer.from_pretrained(folder)

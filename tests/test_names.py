@@ -13,6 +13,7 @@ from openllama import OpenLlamaConfig, OpenLlamaForCausalLM, OpenLlamaForSequenc
 from openllama.checkpoint.names import (
     HF_TO_NATIVE,
     NATIVE_TO_HF,
+    check_layers,
     expected_shapes,
     floating_dtype,
     hf_to_native,
@@ -266,3 +267,15 @@ def test_an_open_llama_that_says_it_is_a_llama_and_the_other_way_round() -> None
         select(hf_weights(open_llama), llama)
     with pytest.raises(KeyMismatchError, match=r"as a plain LLaMA.*model_type llama"):
         select(hf_weights(llama), open_llama)
+
+
+def test_a_config_with_far_more_layers_than_weights_is_refused_at_once() -> None:
+    config = tiny_config(num_hidden_layers=10**5)
+    with pytest.raises(KeyMismatchError, match="100000 needs 900000 weights, there are 20"):
+        check_layers([f"w{i}" for i in range(20)], config)
+
+
+def test_a_message_shows_ten_of_each_kind() -> None:
+    config = tiny_config()
+    with pytest.raises(KeyMismatchError, match=r"not a weight of an Open-Llama \(100\): .*x9 and 90 more"):
+        select({**native_weights(config), **{f"x{i}": torch.ones(1) for i in range(100)}}, config)

@@ -52,9 +52,12 @@ def load_model(path: Path, options: Mapping[str, Any]) -> tuple[Any, bytes]:
     if content.startswith(b"version https://git-lfs"):
         raise TokenizerError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull`")
     try:
-        return sentencepiece.SentencePieceProcessor(model_proto=content, **options), content
+        model = sentencepiece.SentencePieceProcessor(model_proto=content, **options)
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise TokenizerError(f"{path} is not a sentencepiece model: {error}") from error
+    if not 0 <= model.unk_id() < model.get_piece_size():
+        raise TokenizerError(f"{path} has {model.get_piece_size()} pieces and none for unknown text; is it truncated?")
+    return model, content
 
 
 def read_folder(folder: Path) -> dict[str, Any]:
