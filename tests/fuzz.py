@@ -1,6 +1,6 @@
 """Change real small checkpoints at random and do all that the package does with them.
 
-    python -m tests.fuzz --minutes 60 [--seed N]
+    python -m tests.fuzz --minutes 60 [--seed N] [--count N]
 
 First comes the whole corpus of ``tests.hostile``. Prints the seed; stops with exit code 1 at an exception that is not
 the package's, more than 10 s, more than 1 GB, or a file that was written elsewhere. What is found becomes a case there.
@@ -64,6 +64,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=secrets.randbits(32))
+    parser.add_argument("--count", type=int, default=sys.maxsize, help="at most so many checkpoints")
     options = parser.parse_args()
     end = time.monotonic() + 60 * options.minutes
     print(f"seed {options.seed}", flush=True)
@@ -78,7 +79,7 @@ def main() -> int:
         goods.append(good_folder(root / "good before 1.6", FORMS[0]))
         _legacy(goods[-1])
         work = root / "work"
-        while time.monotonic() < end:
+        while time.monotonic() < end and count < options.count:
             draw = random.Random(f"{options.seed} {count}")
             shutil.copytree(draw.choice(goods), work / "checkpoint")
             for file in draw.sample(sorted((work / "checkpoint").iterdir()), draw.choice([1, 1, 2])):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from openllama.errors import TokenizerError
 from openllama.tokenizer import AddedToken, Encoding, OpenLlamaTokenizer, StreamDecoder
-from tests.sentencepieces import REAL, TRAINED, model_bytes, texts, trained, write_folder
+from tests.sentencepieces import REAL, TINY_CHECKPOINT, TRAINED, model_bytes, texts, trained, write_folder
 
 V1_FILES: dict[str, Any] = {
     "tokenizer_config": {"add_bos_token": False, "add_eos_token": True, "model_max_length": 2048, "note": "kept"},
@@ -382,3 +382,12 @@ def test_what_is_no_token_is_refused(folder: Path, tokenizer: OpenLlamaTokenizer
         OpenLlamaTokenizer.from_pretrained(folder, padding_sdie="left")
     with pytest.raises(TokenizerError, match="lone surrogate"):
         tokenizer.convert_tokens_to_ids("\ud800")
+
+
+def test_a_model_whose_pieces_are_not_utf_8_is_refused(tmp_path):
+    content = (TINY_CHECKPOINT / "tokenizer.model").read_bytes()
+    place = content.index("▁the".encode())
+    write = tmp_path / "tokenizer.model"
+    write.write_bytes(content[: place + 1] + b"\xff" + content[place + 2 :])
+    with pytest.raises(TokenizerError, match="is not a sentencepiece model"):
+        OpenLlamaTokenizer.from_pretrained(tmp_path)

@@ -53,6 +53,7 @@ def load_model(path: Path, options: Mapping[str, Any]) -> tuple[Any, bytes]:
         raise TokenizerError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull`")
     try:
         model = sentencepiece.SentencePieceProcessor(model_proto=content, **options)
+        model.id_to_piece(list(range(model.get_piece_size())))  # raises ValueError for one that is not UTF-8
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise TokenizerError(f"{path} is not a sentencepiece model: {error}") from error
     if not 0 <= model.unk_id() < model.get_piece_size():
