@@ -26,6 +26,7 @@ from torch import Tensor
 from openllama import OpenLlamaConfig
 from openllama.checkpoint.names import expected_shapes, native_to_hf
 from openllama.checkpoint.reader import open_checkpoint
+from openllama.checkpoint.writer import plan_shards
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "checkpoints" / "open-llama-tiny" / "tokenizer.model"
 SHARD = 10 * 10**9  # bytes, as transformers 4.31.0 splits
@@ -39,11 +40,7 @@ def write_pickles(
     config.save_pretrained(folder)
     shutil.copyfile(TOKENIZER, folder / "tokenizer.model")
     noise = torch.randn(2**24 + 1, generator=torch.Generator().manual_seed(0)) / 50
-    groups: list[list[str]] = [[]]
-    for name, tensor in tensors.items():
-        if groups[-1] and sum(tensors[other].nbytes for other in groups[-1]) + tensor.nbytes > shard:
-            groups.append([])
-        groups[-1].append(name)
+    groups = plan_shards(tensors, shard).values()
     files = {f"pytorch_model-{n:05}-of-{len(groups):05}.bin": group for n, group in enumerate(groups, 1)}
     for file, group in files.items():
         torch.save({name: filled(tensors[name], noise).to(dtype) for name in group}, folder / file)

@@ -176,7 +176,7 @@ def read_json(path: Path, refusal: type[OpenLlamaError], unique: bool = False) -
     content = read_limited(path, MAX_JSON, refusal)
     try:
         values = json.loads(
-            content.decode("utf-8"), object_pairs_hook=_unique_keys if unique else None, parse_constant=_refuse_constant
+            content.decode("utf-8"), object_pairs_hook=_unique_keys if unique else None, parse_constant=refuse_constant
         )
     except (ValueError, RecursionError) as error:
         raise refusal(f"{path} is not valid JSON: {error}") from error
@@ -187,7 +187,14 @@ def read_json(path: Path, refusal: type[OpenLlamaError], unique: bool = False) -
     return values
 
 
-def _refuse_constant(name: str) -> None:
+def refuse_lfs_pointer(path: Path, start: bytes, refusal: type[OpenLlamaError]) -> None:
+    """Raise ``refusal`` if a file that begins with ``start`` only tells where Git keeps the real one."""
+    if start.startswith(b"version https://git-lfs"):
+        raise refusal(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull`")
+
+
+def refuse_constant(name: str) -> None:
+    """For ``json.loads(parse_constant=)``: raise ValueError for NaN and the infinities, which Python would accept."""
     raise ValueError(f"{name} is not JSON")
 
 

@@ -18,7 +18,7 @@ from openllama.checkpoint.folders import check_destination, finished_folder
 from openllama.checkpoint.names import EMBEDDING, LM_HEAD, PREFIX, SCORE, Head, Weights, floating_dtype, select
 from openllama.checkpoint.reader import aligned, open_checkpoint
 from openllama.checkpoint.writer import OURS, write_weights
-from openllama.config import OpenLlamaConfig, write_json
+from openllama.config import OpenLlamaConfig
 from openllama.errors import InputError, warn
 from openllama.generation.config import GENERATION_CONFIG_FILE, GenerationConfig
 from openllama.model import Inputs, StableEmbedding
@@ -207,8 +207,7 @@ class PretrainedModel(nn.Module):
         weights = select(self.state_dict(), self.config, self._head)
         exported = export(layout, weights, self.config)
         with finished_folder(Path(folder), OURS) as unfinished:
-            for name, values in exported.files.items():
-                write_json(unfinished / name, values)
+            exported.write_files(unfinished)
             if hasattr(self, "generation_config"):
                 self.generation_config.save_pretrained(unfinished)
             write_weights(unfinished, exported.tensors, max_shard_size=max_shard_size, file_format=exported.file_format)

@@ -12,7 +12,8 @@ import torch
 
 from openllama import OpenLlamaForCausalLM, OpenLlamaForSequenceClassification
 from openllama.checkpoint import convert, pieces
-from openllama.errors import ConfigError, DestinationExistsError, InputError
+from openllama.checkpoint import gguf as written
+from openllama.errors import ConfigError, CorruptCheckpointError, DestinationExistsError, InputError
 from tests.sentencepieces import TINY_CHECKPOINT, trained, write_folder
 from tests.tiny import tiny_model
 
@@ -129,3 +130,22 @@ def test_the_extra_is_named_where_the_package_is_absent(tmp_path: Path, monkeypa
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(InputError, match=r"openllama\[export\]"):
         export(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("place", [-40, 5000])
+def test_a_disk_that_loses_bits_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int) -> None:
+    """One bit of the last weight, or of the tokenizer's names."""
+    source = source_of(tmp_path / "source")
+    write = written._File.write
+
+    def faulty(self: Any) -> dict[str, str]:
+        sums = write(self)
+        content = bytearray(self.path.read_bytes())
+        content[place] ^= 1
+        self.path.write_bytes(content)
+        return sums
+
+    monkeypatch.setattr(written._File, "write", faulty)
+    with pytest.raises(CorruptCheckpointError, match="differs when read again"):
+        export(tmp_path / "model.gguf", source)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

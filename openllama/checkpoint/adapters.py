@@ -11,7 +11,6 @@ On the model of the other names it changes nothing, and peft does not say so.
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -22,23 +21,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from openllama.checkpoint.files import open_file
-from openllama.checkpoint.folders import check_destination, contents, finished_folder
+from openllama.checkpoint.folders import check_places, copy_small, finished_folder
 from openllama.checkpoint.names import HF_TO_NATIVE, PREFIX, Layout, floating_dtype
 from openllama.checkpoint.pieces import is_copy
 from openllama.config import read_json, write_json
 from openllama.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
-    DestinationExistsError,
     InputError,
     KeyMismatchError,
     listed,
 )
+from openllama.tokenizer.files import ALL_FILES as TOKENIZER_FILES
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # first found wins, as in peft
 ADAPTER_PREFIX = "base_model.model."  # of every weight of an adapter that belongs to a module
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 MODULES: dict[Layout, list[str]] = {  # every module with weights, in the same order
     "hf": [name.rpartition(".")[0] for name in HF_TO_NATIVE],
     "native": [name.rpartition(".")[0] for name in HF_TO_NATIVE.values()],
@@ -79,11 +77,7 @@ def convert_adapter(
         )
     layout = cast("Layout", to)
     src, dst, dtype = Path(src), Path(dst), floating_dtype(dtype)
-    if dst.resolve() in (src.resolve(), *src.resolve().parents):
-        raise DestinationExistsError(f"{dst} is or contains the source {src}; choose another folder")
-    check_destination(dst, overwrite)
-    if dst.is_dir() and contents(dst) and not is_adapter(dst):
-        raise DestinationExistsError(f"{dst} is not empty and no adapter, so it is not replaced; choose a new folder")
+    check_places(src, dst, overwrite, is_adapter, "no adapter")
     file = next((src / name for name in ADAPTER_FILES if (src / name).is_file()), None)
     if file is None:
         raise CheckpointNotFoundError(f"{src} has {ADAPTER_CONFIG} but none of {', '.join(ADAPTER_FILES)}")
@@ -98,9 +92,7 @@ def convert_adapter(
         raise CorruptCheckpointError(f"{listed(large)}: numbers too large for float16 (above 65504); use bfloat16")
     with finished_folder(dst, (ADAPTER_CONFIG, *ADAPTER_FILES, *TOKENIZER_FILES)) as folder:
         write_json(folder / ADAPTER_CONFIG, config)
-        for name in TOKENIZER_FILES:
-            if (src / name).is_file():
-                shutil.copyfile(src / name, folder / name)
+        copy_small(src, folder, TOKENIZER_FILES)
         save_file(tensors, folder / ADAPTER_FILES[0], metadata={"format": "pt"})
         written = open_file(folder / ADAPTER_FILES[0])
         if wrong := [name for name, tensor in tensors.items() if not is_copy(written[name], tensor)]:
@@ -129,7 +121,7 @@ def rename_adapter(tensors: Mapping[str, Tensor], to: Layout) -> dict[str, Tenso
         if name.startswith(ADAPTER_PREFIX) and not _numbered(name.removeprefix(ADAPTER_PREFIX)).startswith(known)
     ]
     if unknown:
-        raise KeyMismatchError(f"not of a module of an Open-Llama ({len(unknown)}): {', '.join(unknown[:10])}")
+        raise KeyMismatchError(f"not of a module of an Open-Llama ({len(unknown)}): {listed(unknown)}")
     if len(renamed) < len(tensors):
         raise KeyMismatchError("the adapter holds weights of both layouts for the same module")
     return renamed

@@ -11,8 +11,7 @@ from os import PathLike
 import torch
 from torch import Tensor
 
-from openllama.checkpoint.names import _pattern as pattern
-from openllama.checkpoint.names import select
+from openllama.checkpoint.names import dtype_name, pattern, select
 from openllama.checkpoint.pieces import as_bytes, pieces
 from openllama.checkpoint.reader import open_checkpoint
 from openllama.config import OpenLlamaConfig
@@ -194,7 +193,7 @@ def _statistics(piece: Tensor) -> Statistics:
 def _difference(name: str, mine: Tensor, theirs: Tensor) -> Difference:
     parts = [_errors(a, b) for a, b in zip(pieces(mine), pieces(theirs), strict=True)]
     different, max_errors, error_squares, squares = zip(*parts, strict=True)
-    dtypes = str(mine.dtype).removeprefix("torch."), str(theirs.dtype).removeprefix("torch.")
+    dtypes = dtype_name(mine.dtype), dtype_name(theirs.dtype)
     sums = sum(different), max(max_errors), sum(error_squares), sum(squares)
     return Difference(name, dtypes, 1, mine.numel(), *sums)
 

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from openllama.checkpoint.compare import Statistics, as_table, by_kind, statistics
-from openllama.checkpoint.names import _pattern as pattern
-from openllama.checkpoint.names import select
+from openllama.checkpoint.names import dtype_name, pattern, select
 from openllama.checkpoint.reader import open_checkpoint
 from openllama.config import OpenLlamaConfig
 
@@ -98,7 +97,7 @@ def inspect(
     tensors = weights.tensors
     dtypes: Counter[str] = Counter()
     for tensor in tensors.values():
-        dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+        dtypes[dtype_name(tensor.dtype)] += tensor.numel()
     return Inspection(
         path=checkpoint.path,
         layout=weights.layout,
@@ -109,6 +108,6 @@ def inspect(
         bytes=sum(tensor.nbytes for tensor in tensors.values()),
         dtypes=dict(dtypes.most_common()),
         files=tuple(file.name for file in checkpoint.files),
-        weights={name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in tensors.items()},
+        weights={name: (dtype_name(t.dtype), tuple(t.shape)) for name, t in tensors.items()},
         statistics=statistics(tensors) if with_statistics else None,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from fnmatch import fnmatchcase
 from os import PathLike
 from pathlib import Path
 
@@ -12,29 +11,28 @@ import torch
 import openllama
 from openllama.checkpoint.adapters import convert_adapter, is_adapter
 from openllama.checkpoint.export import FORMS, Export, export
-from openllama.checkpoint.folders import check_destination, contents, finished_folder, remains
+from openllama.checkpoint.folders import check_destination, check_places, copy_small, finished_folder, remains
 from openllama.checkpoint.gguf import Q8_0, write_gguf
 from openllama.checkpoint.hub import fetch, local_path
-from openllama.checkpoint.names import Weights, floating_dtype, is_buffer, select, without
+from openllama.checkpoint.names import Weights, dtype_name, floating_dtype, is_buffer, select, without
 from openllama.checkpoint.progress import ShownProgress
 from openllama.checkpoint.reader import Checkpoint, open_checkpoint
 from openllama.checkpoint.record import Record, SourceSums
-from openllama.checkpoint.reports import check_generation_config, check_tokenizer, remarks, warn_of_numbers
+from openllama.checkpoint.reports import (
+    TOKENIZER_JSON,
+    check_generation_config,
+    check_tokenizer,
+    remarks,
+    warn_of_numbers,
+)
 from openllama.checkpoint.source import SourceFiles
 from openllama.checkpoint.writer import OURS, Resume, parse_size, write_weights
-from openllama.config import CONFIG_FILE, OpenLlamaConfig, read_limited, write_json
-from openllama.errors import CorruptCheckpointError, DestinationExistsError, InputError, heard
-from openllama.tokenizer.files import MAX_MODEL
+from openllama.config import CONFIG_FILE, OpenLlamaConfig
+from openllama.errors import InputError, heard
+from openllama.tokenizer.files import ALL_FILES as TOKENIZER_FILES
 
 RESUME_FILE = "verified.json"  # beside the folder that is written
-TOKENIZER_JSON = "tokenizer.json"
-COPIED = (
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-)
+COPIED = (*TOKENIZER_FILES, "generation_config.json")
 REPLACED = (*OURS, *COPIED, TOKENIZER_JSON)
 
 
@@ -84,15 +82,17 @@ def convert(
         return convert_adapter(src, dst, to, dtype=dtype, overwrite=overwrite)
     with heard() as warnings:
         source = open_checkpoint(src, config)
-        weights = select(without(source.tensors, ignore), source.config)
+        chosen = without(source.tensors, ignore)
+        weights = select(chosen, source.config)
         if to == "gguf":
             return write_gguf(source, weights, dst, dtype=dtype, overwrite=overwrite, progress=progress)
-        _check_places(src, dst, overwrite)
+        check_places(src, dst, overwrite, _may_be_replaced, "not a checkpoint")
         check_tokenizer(source.folder, source.config.vocab_size)
         check_generation_config(source.folder)
         exported = export(to, weights, source.config, cast_to, source.folder)
-        record = Record(to, _name(cast_to), _left_out(source, weights, ignore), warnings)
         warnings += remarks(weights, source.config)
+        dtype_after = None if cast_to is None else dtype_name(cast_to)
+        record = Record(to, dtype_after, _left_out(source, chosen, weights), warnings)  # warnings may still come
         with finished_folder(dst, REPLACED, resume=True) as folder:
             _fill_folder(folder, source, exported, record, max_shard_size, progress)
 
@@ -101,12 +101,8 @@ def _fill_folder(
     folder: Path, source: Checkpoint, exported: Export, record: Record, max_shard_size: int | str, progress: bool
 ) -> None:
     """Write all files of a converted checkpoint, conversion.json last."""
-    for name in COPIED:
-        if (source.folder / name).is_file():
-            content = read_limited(source.folder / name, MAX_MODEL, CorruptCheckpointError)
-            (folder / name).write_bytes(content)
-    for name, values in exported.files.items():
-        write_json(folder / name, values)
+    copy_small(source.folder, folder, COPIED)
+    exported.write_files(folder)
     total = sum(tensor.nbytes for tensor in exported.tensors.values())
     with SourceFiles(source.files) as files, SourceSums(source.files) as sums:
         written = write_weights(
@@ -123,12 +119,16 @@ def _fill_folder(
         record.write(folder, sums.results(), exported.tensors, written)
 
 
-def _left_out(source: Checkpoint, weights: Weights, ignore: Collection[str]) -> dict[str, str]:
+def _may_be_replaced(folder: Path) -> bool:
+    return (folder / CONFIG_FILE).is_file() or bool(remains(folder.resolve()))
+
+
+def _left_out(source: Checkpoint, chosen: Collection[str], weights: Weights) -> dict[str, str]:
     """Why weights of the source are not in the result, by their names."""
     used = {id(tensor) for tensor in weights.tensors.values()}
     reasons = {}
     for name, tensor in source.tensors.items():
-        if any(fnmatchcase(name, pattern) for pattern in ignore):
+        if name not in chosen:
             reasons[name] = "was to be ignored"
         elif id(tensor) not in used:
             reasons[name] = "follows from the configuration" if is_buffer(name) else "is not used by this model"
@@ -145,18 +145,3 @@ def _made_from(files: SourceFiles, config: OpenLlamaConfig, record: Record) -> d
         "to": record.to,
         "left_out": record.left_out,  # of two sources of a weight, the other may have been chosen
     }
-
-
-def _name(dtype: torch.dtype | None) -> str | None:
-    return None if dtype is None else str(dtype).removeprefix("torch.")
-
-
-def _check_places(src: Path, dst: Path, overwrite: bool) -> None:
-    """Raise ``DestinationExistsError`` if ``dst`` is or contains ``src``, or is not empty and not a checkpoint."""
-    if dst.resolve() in (src.resolve(), *src.resolve().parents):
-        raise DestinationExistsError(f"{dst} is or contains the source {src}; choose another folder")
-    check_destination(dst, overwrite)
-    if dst.is_dir() and contents(dst) and not (dst / CONFIG_FILE).is_file() and not remains(dst.resolve()):
-        raise DestinationExistsError(
-            f"{dst} is not empty and not a checkpoint, so it is not replaced; choose a new folder"
-        )

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from openllama.checkpoint.names import LM_HEAD, PREFIX, Head, Weights, native_to_hf
 from openllama.checkpoint.pieces import Computed, Source, cast
-from openllama.config import CONFIG_FILE, MODEL_TYPE, NATIVE_TYPE, OpenLlamaConfig
+from openllama.config import CONFIG_FILE, MODEL_TYPE, NATIVE_TYPE, OpenLlamaConfig, write_json
 from openllama.errors import ConfigError, InputError
+from openllama.rope import BASE
 from openllama.tokenizer import OpenLlamaTokenizer
 from openllama.tokenizer.export import tokenizer_files
 from openllama.tokenizer.files import MODEL_FILE
@@ -47,6 +48,11 @@ class Export:
     tensors: dict[str, Source]
     files: dict[str, dict[str, Any]]
     file_format: str = "pt"  # in the header of safetensors files; others take "pt" for names that they know
+
+    def write_files(self, folder: Path) -> None:
+        """Write the JSON files."""
+        for name, values in self.files.items():
+            write_json(folder / name, values)
 
 
 def to_native(weights: Weights, config: OpenLlamaConfig, dtype: torch.dtype | None, folder: Path | None) -> Export:
@@ -131,7 +137,7 @@ def _llama_config(weights: Weights, config: OpenLlamaConfig, dtype: torch.dtype 
         "attention_dropout": config.attention_dropout_prob,
         "attention_bias": False,
         "mlp_bias": False,
-        "rope_theta": 10000.0,
+        "rope_theta": BASE,
     }
 
 

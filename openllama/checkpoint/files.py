@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import math
 import mmap
-import pickle
-import re
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,10 +17,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from openllama.checkpoint.archives import MAGIC, MAX_PICKLE, Limited, load_archive, mapped
+from openllama.checkpoint.archives import MAGIC, MAX_PICKLE, Limited, load_archive, mapped, translated_errors
 from openllama.checkpoint.pickles import check_tuples
+from openllama.config import refuse_lfs_pointer
 from openllama.errors import (
-    CheckpointError,
     CheckpointNotFoundError,
     CorruptCheckpointError,
     UnsafePickleError,
@@ -52,8 +49,7 @@ def open_file(path: Path) -> dict[str, Tensor]:
         raise CorruptCheckpointError(f"{path} is empty; copy or download it again")
     with path.open("rb") as file:
         start = file.read(40)
-    if start.startswith(b"version https://git-lfs"):
-        raise CorruptCheckpointError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull`")
+    refuse_lfs_pointer(path, start, CorruptCheckpointError)
     if format_of(path) == "safetensors":
         return _open_safetensors(path, size, start)
     if start.startswith(MAGIC):
@@ -86,7 +82,7 @@ def _open_safetensors(path: Path, size: int, start: bytes) -> dict[str, Tensor]:
     if length > MAX_HEADER:
         raise CorruptCheckpointError(f"{path} has a header of {length:,} bytes; at most {MAX_HEADER:,} are read")
     mapping, tensors, offset = _map(path), {}, 8 + length
-    with _translated_errors(path), safe_open(path, "numpy") as file:
+    with translated_errors(path), safe_open(path, "numpy") as file:
         for name in file.offset_keys():
             entry = file.get_slice(name)
             code, shape = entry.get_dtype(), entry.get_shape()
@@ -123,7 +119,7 @@ def _map(path: Path) -> mmap.mmap:
 
 def _open_archive(path: Path) -> dict[str, Tensor]:
     """Map the tensors of torch's zip format."""
-    with _translated_errors(path):
+    with translated_errors(path):
         loaded, records = load_archive(path)
         described, tensors, mapping = _plain_tensors(loaded, path), {}, _map(path)
         for name, tensor in described.items():
@@ -150,7 +146,7 @@ def _load_legacy(path: Path, size: int) -> dict[str, Tensor]:
             raise CorruptCheckpointError(f"{path} is truncated: its tensors need more than its {size} bytes")
         return storage.fill_(0xFF)  # NaN, should the file hold no numbers for this storage
 
-    with _translated_errors(path), path.open("rb") as file:
+    with translated_errors(path), path.open("rb") as file:
         limited = Limited(file, MAX_PICKLE)
         for _ in range(_LEGACY_PICKLES):
             check_tuples(limited)  # type: ignore[arg-type]
@@ -165,22 +161,6 @@ def _load_legacy(path: Path, size: int) -> dict[str, Tensor]:
         if tensor.untyped_storage().data_ptr() not in addresses:
             raise CorruptCheckpointError(f"{path}: {name} is damaged: the file holds no numbers for it")
     return tensors
-
-
-@contextmanager
-def _translated_errors(path: Path) -> Iterator[None]:
-    """Turn the errors of the formats' parsers into this package's errors."""
-    try:
-        yield
-    except pickle.UnpicklingError as error:  # torch's message advises to switch off the check
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it asks for {asked[1]}" if asked else "it is not what torch.save writes"
-        raise UnsafePickleError(f"{path} holds more than plain tensors and was not executed: {what}") from error
-    except (CheckpointError, OSError):
-        raise
-    except Exception as error:  # a damaged file can cause any error in the parser, MemoryError too
-        first_line = str(error).partition("\n")[0]
-        raise CorruptCheckpointError(f"{path} is truncated or damaged: {first_line or repr(error)}") from error
 
 
 def _plain_tensors(loaded: Any, path: Path) -> dict[str, Tensor]:

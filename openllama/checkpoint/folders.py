@@ -19,13 +19,14 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
-from openllama.config import CONFIG_FILE, read_json
+from openllama.config import CONFIG_FILE, read_json, read_limited
 from openllama.errors import CorruptCheckpointError, DestinationBusyError, DestinationExistsError
+from openllama.tokenizer.files import MAX_MODEL
 
 try:
     import fcntl
@@ -54,6 +55,18 @@ def check_destination(destination: Path, overwrite: bool) -> None:
         raise DestinationExistsError(f"{destination} is a file; choose a folder")
     if not overwrite:
         raise DestinationExistsError(f"{destination} exists; choose another folder, or pass overwrite (--overwrite)")
+
+
+def check_places(src: Path, dst: Path, overwrite: bool, is_own: Callable[[Path], bool], otherwise: str) -> None:
+    """Raise ``DestinationExistsError`` if ``dst`` is or contains ``src``, or may not be replaced.
+
+    What is not empty may be if ``is_own`` says so; ``otherwise``: what the error calls it if not.
+    """
+    if dst.resolve() in (src.resolve(), *src.resolve().parents):
+        raise DestinationExistsError(f"{dst} is or contains the source {src}; choose another folder")
+    check_destination(dst, overwrite)
+    if dst.is_dir() and contents(dst) and not is_own(dst):
+        raise DestinationExistsError(f"{dst} is not empty and {otherwise}, so it is not replaced; choose a new folder")
 
 
 def contents(folder: Path) -> list[str]:
@@ -299,6 +312,13 @@ def write_whole(path: Path, text: str) -> None:
     sync(part)
     os.replace(part, path)
     sync(path.parent)
+
+
+def copy_small(source: Path, target: Path, names: Iterable[str]) -> None:
+    """Copy those of the files ``names`` that the folder ``source`` has; none may be larger than a tokenizer."""
+    for name in names:
+        if (source / name).is_file():
+            (target / name).write_bytes(read_limited(source / name, MAX_MODEL, CorruptCheckpointError))
 
 
 def sync(path: Path) -> None:

@@ -12,8 +12,8 @@ piece at a time, and in the end that package reads the file again.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -26,12 +26,12 @@ from torch import Tensor
 from openllama.checkpoint.export import check_llama, llama_tensors
 from openllama.checkpoint.folders import check_space, finished_file
 from openllama.checkpoint.meta import Assembled
-from openllama.checkpoint.names import Weights, floating_dtype
-from openllama.checkpoint.pieces import Computed, Source, pieces
+from openllama.checkpoint.names import Weights, floating_dtype, translate
+from openllama.checkpoint.pieces import Computed, Source, as_bytes, pieces
 from openllama.checkpoint.progress import Progress, ShownProgress
 from openllama.checkpoint.reader import Checkpoint
 from openllama.checkpoint.source import SourceFiles
-from openllama.checkpoint.writer import forget
+from openllama.checkpoint.writer import CHUNK, forget
 from openllama.config import OpenLlamaConfig
 from openllama.errors import (
     CheckpointError,
@@ -43,6 +43,7 @@ from openllama.errors import (
     TokenizerError,
     warn,
 )
+from openllama.rope import BASE
 from openllama.tokenizer import OpenLlamaTokenizer
 from openllama.tokenizer.export import chat_template, model_file, no_split_tokens
 from openllama.tokenizer.files import MODEL_FILE
@@ -109,19 +110,15 @@ def write_gguf(
     fields = {**_architecture(gguf, source.config, kind, dst.stem), **_vocabulary(gguf, tokenizer, source.config)}
     entries = _entries(weights, source.config, kind)
     total = sum(entry.nbytes for entry in entries.values())
-    with (
-        SourceFiles(source.files) as files,
-        finished_file(dst) as path,
-    ):
-        bar = ShownProgress(total) if progress else Progress()
-        bar.begin("write", dst.name, total)
+    with SourceFiles(source.files) as files, finished_file(dst) as path:
         check_space(path.parent, total)
-        _write(gguf, path, fields, entries, files, bar)
-        with path.open("rb") as file:
-            forget(file.fileno())
-        bar.begin("compare", dst.name, total)
-        _compare(gguf, path, fields, entries, files, bar)
-        bar.close()
+        shown = ShownProgress(total) if progress else Progress()
+        file = _File(gguf, path, fields, entries, files, shown)
+        shown.begin("write", dst.name, total)
+        sums = file.write()
+        shown.begin("compare", dst.name, total)
+        file.compare(sums)
+        shown.close()
         files.check_unchanged()
 
 
@@ -183,7 +180,7 @@ def _architecture(gguf: ModuleType, config: OpenLlamaConfig, kind: str, name: st
         "llama.attention.head_count_kv": config.num_attention_heads,
         "llama.attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
         "llama.rope.dimension_count": config.head_dim,
-        "llama.rope.freq_base": 10000.0,
+        "llama.rope.freq_base": BASE,
     }
     if config.rope_scaling is not None:
         fields |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": config.rope_scaling["factor"]}
@@ -245,13 +242,11 @@ def _entries(weights: Weights, config: OpenLlamaConfig, kind: str) -> dict[str, 
     entries = {}
     for name, source in llama_tensors(weights, config, torch.float32).items():
         shape = tuple(source.shape)
-        new = re.sub(r"(?<=^model\.layers\.)\d+(?=\.)", "N", name)
-        number = re.findall(r"^model\.layers\.(\d+)\.", name)
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             source = _interleaved(source, config.num_attention_heads)
         fits = len(shape) == 1 or kind != "Q8_0" or shape[-1] % BLOCK == 0
         entry = _Entry(source, shape, "F32" if len(shape) == 1 else kind if fits else "F16")
-        entries[NAMES[new].replace(".N.", f".{''.join(number)}.")] = entry
+        entries[translate(name, NAMES) or name] = entry
     return entries
 
 
@@ -271,33 +266,77 @@ def _interleaved(source: Source, heads: int) -> Source:
 # ---- writing
 
 
-def _write(
-    gguf: ModuleType,
-    path: Path,
-    fields: Mapping[str, Any],
-    entries: Mapping[str, _Entry],
-    files: SourceFiles,
-    bar: Progress,
-) -> None:
-    writer = gguf.GGUFWriter(path, "llama")
-    for key, value in fields.items():
-        _add_field(writer, key, value)
-    for name, entry in entries.items():
-        kind = gguf.GGMLQuantizationType[entry.kind]
-        writer.add_tensor_info(name, entry.shape, np.dtype(np.float32), entry.nbytes, kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    (file,) = writer.fout
-    writer.write_padding(file, file.tell())
-    for name, entry in entries.items():
-        for piece in _encoded(gguf, name, entry, files):
-            file.write(piece.data)
-            bar.tick(piece.nbytes)
-        writer.write_padding(file, entry.nbytes)
-    file.flush()
-    os.fsync(file.fileno())
-    writer.close()
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """The file as it is written, and as the package ``gguf`` reads it again."""
+
+    gguf: ModuleType
+    path: Path
+    fields: Mapping[str, Any]
+    entries: Mapping[str, _Entry]
+    source: SourceFiles
+    progress: Progress
+
+    def write(self) -> dict[str, str]:
+        """Write it; the disk has it when this returns. Returns the SHA-256 of each weight's bytes."""
+        writer = self.gguf.GGUFWriter(self.path, "llama")
+        for key, value in self.fields.items():
+            _add_field(writer, key, value)
+        for name, entry in self.entries.items():
+            kind = self.gguf.GGMLQuantizationType[entry.kind]
+            writer.add_tensor_info(name, entry.shape, np.dtype(np.float32), entry.nbytes, kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        (file,) = writer.fout
+        writer.write_padding(file, file.tell())
+        sums = {}
+        for name, entry in self.entries.items():
+            total = hashlib.sha256()
+            for data in self._encoded(name, entry):
+                file.write(data)
+                total.update(data)
+                self.progress.tick(data.nbytes)
+            writer.write_padding(file, entry.nbytes)
+            sums[name] = total.hexdigest()
+        file.flush()
+        os.fsync(file.fileno())
+        writer.close()
+        return sums
+
+    def compare(self, sums: Mapping[str, str]) -> None:
+        """Read it from the disk; raise ``CorruptCheckpointError`` unless it has the fields and the SHA-256 sums."""
+        with self.path.open("rb") as file:
+            forget(file.fileno())
+        reader = self.gguf.GGUFReader(self.path)
+        for key, value in self.fields.items():
+            read = reader.fields[key].contents() if key in reader.fields else None
+            if read != (np.asarray(value, np.float32).tolist() if key.endswith(FLOATS) else value):
+                raise CorruptCheckpointError(self._differs(key))
+        written = {tensor.name: tensor for tensor in reader.tensors}
+        for name, entry in self.entries.items():
+            stored, total = np.asarray(written[name].data).reshape(-1).view(np.uint8), hashlib.sha256()
+            for start in range(0, entry.nbytes, CHUNK):
+                data = stored[start : start + CHUNK]
+                total.update(data.data)
+                self.progress.tick(data.nbytes)
+            if stored.nbytes != entry.nbytes or total.hexdigest() != sums[name]:
+                raise CorruptCheckpointError(self._differs(name))
+
+    def _encoded(self, name: str, entry: _Entry) -> Iterator[memoryview]:
+        """The bytes of a weight, in pieces."""
+        for piece in pieces(entry.source, self.source.read):
+            if entry.kind == "Q8_0":
+                rows = piece.reshape(-1, entry.shape[-1]).numpy()
+                yield self.gguf.quants.quantize(rows, self.gguf.GGMLQuantizationType.Q8_0).data
+                continue
+            cast = piece.to(TORCH_TYPES[entry.kind])
+            if entry.kind == "F16" and (cast.isinf() & piece.isfinite()).any():
+                raise CheckpointError(f"{name} holds numbers too large for float16 (above 65504); use bfloat16")
+            yield as_bytes(cast).numpy().data
+
+    def _differs(self, what: str) -> str:
+        return f"{self.path}: {what} differs when read again; is the disk or memory failing?"
 
 
 def _add_field(writer: Any, key: str, value: Any) -> None:
@@ -308,40 +347,3 @@ def _add_field(writer: Any, key: str, value: Any) -> None:
             add(key, value)
             return
     raise InputError(f"{key}: a {type(value).__name__} cannot be written")
-
-
-def _encoded(gguf: ModuleType, name: str, entry: _Entry, files: SourceFiles) -> Iterator[np.ndarray]:
-    """The bytes of a weight, in pieces."""
-    for piece in pieces(entry.source, files.read):
-        if entry.kind == "Q8_0":
-            rows = piece.reshape(-1, entry.shape[-1]).numpy()
-            yield gguf.quants.quantize(rows, gguf.GGMLQuantizationType.Q8_0).reshape(-1)
-            continue
-        cast = piece.to(TORCH_TYPES[entry.kind])
-        if entry.kind == "F16" and (cast.isinf() & piece.isfinite()).any():
-            raise CheckpointError(f"{name} holds numbers too large for float16 (above 65504); use bfloat16")
-        yield cast.contiguous().view(-1).view(torch.uint8).numpy()
-
-
-def _compare(
-    gguf: ModuleType,
-    path: Path,
-    fields: Mapping[str, Any],
-    entries: Mapping[str, _Entry],
-    files: SourceFiles,
-    bar: Progress,
-) -> None:
-    """Read ``path`` again; raise ``CorruptCheckpointError`` unless it holds the fields and the bytes of the weights."""
-    reader = gguf.GGUFReader(path)
-    for key, value in fields.items():
-        read = reader.fields[key].contents() if key in reader.fields else None
-        if read != (np.asarray(value, np.float32).tolist() if key.endswith(FLOATS) else value):
-            raise CorruptCheckpointError(f"{path}: {key} differs when read again; is the disk or memory failing?")
-    written = {tensor.name: tensor for tensor in reader.tensors}
-    for name, entry in entries.items():
-        stored, place = np.asarray(written[name].data).reshape(-1).view(np.uint8), 0
-        for piece in _encoded(gguf, name, entry, files):
-            if not np.array_equal(stored[place : place + piece.nbytes], piece):
-                raise CorruptCheckpointError(f"{path}: {name} differs when read again; is the disk or memory failing?")
-            place += piece.nbytes
-            bar.tick(piece.nbytes)

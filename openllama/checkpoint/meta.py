@@ -18,7 +18,7 @@ from torch import Tensor
 
 from openllama.checkpoint.files import open_file
 from openllama.config import read_json
-from openllama.errors import ConfigError, KeyMismatchError
+from openllama.errors import ConfigError, KeyMismatchError, listed
 
 PARAMS_FILE = "params.json"
 ROWS, COLUMNS = 0, 1  # the dimension along which the files share a matrix out
@@ -126,7 +126,7 @@ def open_meta(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     params = read_json(folder / PARAMS_FILE, ConfigError)
     for file, shard in zip(files, shards, strict=True):
         if different := sorted(shard.keys() ^ shards[0].keys()):
-            raise KeyMismatchError(f"only one of {files[0].name} and {file.name} holds {', '.join(different[:10])}")
+            raise KeyMismatchError(f"only one of {files[0].name} and {file.name} holds {listed(different)}")
     try:
         head_dim = params["dim"] // params["n_heads"]
     except (KeyError, TypeError, ZeroDivisionError) as error:

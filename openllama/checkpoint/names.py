@@ -130,9 +130,17 @@ class Weights:
 
         ``dtype``: the type after a cast.
         """
-        name = str(dtype or self.dtype).removeprefix("torch.")
-        about = {"model_type": NATIVE_TYPE, "architectures": [ARCHITECTURES[self.head]], "torch_dtype": name}
+        about = {
+            "model_type": NATIVE_TYPE,
+            "architectures": [ARCHITECTURES[self.head]],
+            "torch_dtype": dtype_name(dtype or self.dtype),
+        }
         return dataclasses.replace(config, extra={**config.extra, **about})
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A type's name without ``torch.``, as config.json and safetensors' users write it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -178,7 +186,7 @@ def check_layers(names: Collection[str], config: OpenLlamaConfig) -> None:
 
 def layout_of(names: Collection[str]) -> Layout:
     """Return "hf" or "native", by names that only one layout has; raises ``KeyMismatchError`` if there are none."""
-    patterns = {_pattern(name) for name in names}
+    patterns = {pattern(name) for name in names}
     if patterns & (HF_TO_NATIVE.keys() - NATIVE_TO_HF.keys()):
         return "hf"
     if patterns & (NATIVE_TO_HF.keys() - HF_TO_NATIVE.keys()):
@@ -278,10 +286,10 @@ def _rename(
     inv_freq: dict[str, Tensor] = {}
     buffers: list[str] = []
     for name, tensor in tensors.items():
-        renamed = _translate(name, table)
-        if _pattern(name) in INV_FREQS:
+        renamed = translate(name, table)
+        if pattern(name) in INV_FREQS:
             inv_freq[name] = tensor
-        elif _pattern(name) in BUFFERS:
+        elif pattern(name) in BUFFERS:
             buffers.append(name)
         elif renamed is None:
             problems.unknown.append(name)
@@ -294,10 +302,10 @@ def _rename(
     return {renamed: tensors[name] for renamed, name in sources.items()}, inv_freq
 
 
-def _translate(name: str, table: Mapping[str, str]) -> str | None:
+def translate(name: str, table: Mapping[str, str]) -> str | None:
     """The full new name of ``name`` in ``table``, or None."""
     number = _LAYER_NUMBER.search(_full(name))
-    translated = table.get(_pattern(name))
+    translated = table.get(pattern(name))
     if translated is None or (number is None and ".N." in translated):
         return None
     return translated if number is None else translated.replace(".N.", f".{number[0]}.")
@@ -311,14 +319,14 @@ def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
 
 
-def _pattern(name: str) -> str:
+def pattern(name: str) -> str:
     """The name as it is in the table: ``layers.3.mlp...`` -> ``model.layers.N.mlp...``."""
     return _LAYER_NUMBER.sub("N", _full(name))
 
 
 def is_buffer(name: str) -> bool:
     """Whether it is the name of a table or mask that follows from the configuration."""
-    return _pattern(name) in (*INV_FREQS, *BUFFERS)
+    return pattern(name) in (*INV_FREQS, *BUFFERS)
 
 
 def _is_bare(names: Collection[str]) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import openllama
 from openllama.checkpoint.archives import checked_sha256
+from openllama.checkpoint.names import dtype_name
 from openllama.checkpoint.pieces import Source, as_bytes, pieces
 from openllama.checkpoint.writer import RECORD_FILE, Written
 from openllama.config import read_json, write_json
@@ -48,7 +49,7 @@ class Record:
 
 
 def _entry(tensor: Source, sha256: str) -> dict[str, Any]:
-    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape), "sha256": sha256}
+    return {"dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape), "sha256": sha256}
 
 
 def _counts(written: Written) -> dict[str, int]:

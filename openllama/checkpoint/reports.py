@@ -10,8 +10,9 @@ from openllama.checkpoint.writer import Written
 from openllama.config import OpenLlamaConfig, read_json
 from openllama.errors import ConfigError, TokenizerError, listed, warn
 from openllama.tokenizer import OpenLlamaTokenizer
+from openllama.tokenizer.files import MODEL_FILE
 
-TOKENIZER_MODEL, TOKENIZER_JSON = "tokenizer.model", "tokenizer.json"
+TOKENIZER_JSON = "tokenizer.json"
 
 
 def warn_of_numbers(written: Mapping[str, Written]) -> None:
@@ -41,10 +42,10 @@ def check_tokenizer(folder: Path, vocab_size: int) -> None:
     Raises ``TokenizerError`` if it is broken. A ``tokenizer.json`` alone, and more tokens than the model
     has rows, are warned of.
     """
-    if not (folder / TOKENIZER_MODEL).exists():
+    if not (folder / MODEL_FILE).exists():
         if (folder / TOKENIZER_JSON).exists():
             warn(
-                f"{folder} has {TOKENIZER_JSON} but no {TOKENIZER_MODEL}: the result has no tokenizer; add the "
+                f"{folder} has {TOKENIZER_JSON} but no {MODEL_FILE}: the result has no tokenizer; add the "
                 "sentencepiece model that it was made from"
             )
         return

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from openllama.checkpoint.archives import checked_sha256, is_archive
+from openllama.checkpoint.archives import check_sums, is_archive
 from openllama.checkpoint.compare import Comparison, compare
-from openllama.checkpoint.names import select
+from openllama.checkpoint.names import dtype_name, select
 from openllama.checkpoint.pieces import Computed, is_copy, pieces
 from openllama.checkpoint.reader import open_checkpoint
 from openllama.checkpoint.record import check_record
@@ -56,7 +56,7 @@ def verify(
     checkpoint = open_checkpoint(path, config)
     tensors = select(checkpoint.tensors, checkpoint.config).tensors
     for file in filter(is_archive, checkpoint.files):
-        checked_sha256(file)
+        check_sums(file)
     recorded = checkpoint.path.is_dir() and check_record(checkpoint.folder, checkpoint.tensors)
     broken = [name for name, tensor in tensors.items() if not all(p.isfinite().all() for p in pieces(tensor))]
     if broken:
@@ -86,7 +86,5 @@ def _compare(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], path: obj
     different = [name for name in mine if not is_copy(mine[name], Computed(theirs[name], mine[name].dtype))]
     if different:
         raise CheckpointError(f"{path} and {against} differ in {listed(different)}; `openllama diff` shows how far")
-    cast = sorted(
-        {str(mine[name].dtype).removeprefix("torch.") for name in mine if mine[name].dtype != theirs[name].dtype}
-    )
+    cast = sorted({dtype_name(mine[name].dtype) for name in mine if mine[name].dtype != theirs[name].dtype})
     return ", ".join(cast) or None

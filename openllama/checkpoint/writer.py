@@ -30,7 +30,7 @@ from openllama.checkpoint.folders import check_space, write_whole
 from openllama.checkpoint.pieces import Computed, Source, ahead, as_bytes, count_nonfinite, count_subnormal, pieces
 from openllama.checkpoint.progress import Progress
 from openllama.checkpoint.reader import ALIGNMENT, SAFETENSORS_FILE, SAFETENSORS_INDEX
-from openllama.config import CONFIG_FILE, NATIVE_TYPE
+from openllama.config import CONFIG_FILE, NATIVE_TYPE, read_json, write_json
 from openllama.errors import CheckpointError, CorruptCheckpointError, InputError, listed
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -87,12 +87,12 @@ class Resume:
     def files(self) -> Files:
         """Sums of the files that an earlier run wrote from the same source and verified."""
         try:
-            record = json.loads(self.record.read_text(encoding="utf-8"))
+            record = read_json(self.record, CorruptCheckpointError)
             files = {
                 file: {name: Written(*of) for name, of in tensors.items()} for file, tensors in record["files"].items()
             }
             return files if record["made_from"] == json.loads(json.dumps(self.made_from)) else {}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (CorruptCheckpointError, KeyError, TypeError, AttributeError):
             return {}
 
     def write(self, files: Files) -> None:
@@ -134,8 +134,8 @@ def write_weights(
         written |= verified[file]
     if len(shards) > 1:
         weight_map = {name: file for file, names in shards.items() for name in names}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(folder / SAFETENSORS_INDEX, index)
     progress.close()
     return written
 

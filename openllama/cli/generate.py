@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from openllama.cli.common import TEXT, Commands, add_generation_options, add_model_options, generation_arguments, load
+from openllama.config import refuse_constant
 from openllama.errors import InputError
 from openllama.generation import GenerationConfig
 from openllama.generation.text import decoded, stop_at, until
@@ -172,7 +173,7 @@ def _read_lines(source: TextIO, tokenizer: OpenLlamaTokenizer, skip: bool) -> It
         if line.isspace():
             continue
         try:
-            entry = json.loads(line, parse_constant=_no_json)
+            entry = json.loads(line, parse_constant=refuse_constant)
             if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
                 raise ValueError('it is not an object with a string "prompt"')
             if not tokenizer.encode(entry["prompt"]):
@@ -185,10 +186,6 @@ def _read_lines(source: TextIO, tokenizer: OpenLlamaTokenizer, skip: bool) -> It
             print(f"skipped {problem}", file=sys.stderr)
         else:
             yield entry
-
-
-def _no_json(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
 
 
 def _peak_memory(device: torch.device) -> str:

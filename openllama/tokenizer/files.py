@@ -18,7 +18,7 @@ from typing import Any
 
 import sentencepiece
 
-from openllama.config import read_json, read_limited
+from openllama.config import read_json, read_limited, refuse_lfs_pointer
 from openllama.errors import TokenizerError
 from openllama.tokenizer.vocabulary import ROLES
 
@@ -26,6 +26,7 @@ MODEL_FILE = "tokenizer.model"
 CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
+ALL_FILES = (MODEL_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE)
 MODEL_OPTIONS = ("enable_sampling", "nbest_size", "alpha")
 MAX_MODEL = 2**26  # bytes; the largest tokenizers in use have 5 MB
 
@@ -49,8 +50,7 @@ def load_model(path: Path, options: Mapping[str, Any]) -> tuple[Any, bytes]:
     content = read_limited(path, MAX_MODEL, TokenizerError)
     if not content:
         raise TokenizerError(f"{path} is empty")
-    if content.startswith(b"version https://git-lfs"):
-        raise TokenizerError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull`")
+    refuse_lfs_pointer(path, content, TokenizerError)
     try:
         model = sentencepiece.SentencePieceProcessor(model_proto=content, **options)
         model.id_to_piece(list(range(model.get_piece_size())))  # raises ValueError for one that is not UTF-8
