@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -226,19 +227,20 @@ def check_sums(
     wrong = []
     with path.open("rb", buffering=0) as file:
 
-        def total_of(size: int) -> int:
-            """The CRC-32 of the next ``size`` bytes."""
-            total = 0
+        def following(size: int) -> Iterator[bytes]:
             while size and go_on() and (chunk := file.read(min(CHUNK, size))):
-                total = zlib.crc32(chunk, total)
                 use(chunk)
                 size -= len(chunk)
-            return total
+                yield chunk
+
+        def skip_to(offset: int) -> None:
+            for _ in following(offset - file.tell()):
+                pass
 
         for name, record in sorted(summed.items(), key=lambda item: item[1].offset):
-            total_of(record.offset - file.tell())
-            if total_of(record.size) != record.crc:
+            skip_to(record.offset)
+            if reduce(lambda total, chunk: zlib.crc32(chunk, total), following(record.size), 0) != record.crc:
                 wrong.append(name)
-        total_of(path.stat().st_size - file.tell())
+        skip_to(path.stat().st_size)
     if wrong:
         raise CorruptCheckpointError(f"{path} is damaged: the CRC-32 of {listed(wrong)} differs; copy it again")

@@ -93,7 +93,10 @@ def count_nonfinite(piece: Tensor) -> int:
 
 def count_subnormal(piece: Tensor) -> int:
     """Numbers too small for the full precision of their type, but not zero."""
-    return int(((piece.abs() < torch.finfo(piece.dtype).tiny) & (piece != 0)).count_nonzero())
+    size, tiny = piece.abs(), torch.finfo(piece.dtype).tiny
+    if size.min() >= tiny:  # most pieces; counting takes ten times as long
+        return 0
+    return int(((size < tiny) & (size != 0)).count_nonzero())
 
 
 def as_bytes(piece: Tensor) -> Tensor:

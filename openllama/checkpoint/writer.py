@@ -36,7 +36,7 @@ from openllama.errors import CheckpointError, CorruptCheckpointError, InputError
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 RECORD_FILE = "conversion.json"
 OURS = (CONFIG_FILE, SAFETENSORS_FILE, SAFETENSORS_INDEX, "model-?????-of-?????.safetensors", RECORD_FILE)
-CHUNK = 2**23  # bytes that are read back at once
+CHUNK = 2**20  # bytes that are read back at once
 SYNCED = 2**27  # bytes after which the disk is made to write
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
