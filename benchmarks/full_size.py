@@ -5,7 +5,8 @@
 The source is written as transformers writes it, and then as safetensors, as one .bin and in float16, each made from the
 one before. Beside a conversion stands what plain programs need for it, one after the other: to read the source, to
 write as many bytes as the result has until the disk has them, and to read these again, with nothing in the page cache.
-Anonymous memory, which is not that of a file, is sampled every 50 ms. Linux only; needs 56 GB of disk.
+Anonymous memory, which is not that of a file, is sampled every 50 ms. Then the first token of the bfloat16 model, from
+a file that is not in memory, beside reading the file once. Linux only; needs 56 GB of disk.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from convert import drop, read, seconds, write  # the other script in this folde
 from torch import Tensor
 
 from openllama import OpenLlamaConfig
+from openllama.checkpoint import convert
 from openllama.checkpoint.names import expected_shapes, native_to_hf
 from openllama.checkpoint.reader import open_checkpoint
 from openllama.checkpoint.writer import plan_shards
@@ -102,6 +104,31 @@ def bar(source: Path, plain: Path, size: int) -> float:
     return total
 
 
+def measure_first_token(model: Path) -> None:
+    """Print the seconds from ``from_pretrained`` to the first token, with nothing in the page cache."""
+    script = (
+        "import sys, time, torch\n"
+        "from openllama import OpenLlamaForCausalLM\n"
+        "start = time.perf_counter()\n"
+        "model = OpenLlamaForCausalLM.from_pretrained(sys.argv[1])\n"
+        "model.generate(torch.tensor([[1, 5, 6]]), max_new_tokens=1)\n"
+        "print(time.perf_counter() - start)\n"
+        "print(*[line.split()[1] for line in open('/proc/self/status') if line.startswith('RssAnon:')])"
+    )
+    for _ in range(3):
+        drop(model)
+        once = seconds(lambda: read(model))
+        drop(model)
+        command = [sys.executable, "-c", script, str(model)]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        took, anonymous = map(float, output.split())
+        print(
+            f"first token: {took:.1f} s, reading the files once: {once:.1f} s, ratio {took / once:.2f}; "
+            f"{anonymous / 2**10:.0f} MiB anonymous",
+            flush=True,
+        )
+
+
 def anonymous_memory(pid: int) -> int:
     """Bytes; 0 if the process has just ended."""
     try:
@@ -140,6 +167,8 @@ def main() -> None:
         write_pickles(half, open_checkpoint(single).tensors, config, SHARD, torch.float16)
         shutil.rmtree(single)
         measure(half, target, "native", "bfloat16")
+        convert(half, target, dtype="bfloat16", progress=False)
+        measure_first_token(target)
 
 
 if __name__ == "__main__":

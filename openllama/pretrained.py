@@ -15,7 +15,17 @@ from openllama.attention import check_backend
 from openllama.checkpoint.adapters import ADAPTER_PREFIX
 from openllama.checkpoint.export import export
 from openllama.checkpoint.folders import check_destination, finished_folder
-from openllama.checkpoint.names import EMBEDDING, LM_HEAD, PREFIX, SCORE, Head, Weights, floating_dtype, select
+from openllama.checkpoint.names import (
+    EMBEDDING,
+    LM_HEAD,
+    PREFIX,
+    SCORE,
+    Head,
+    Weights,
+    floating_dtype,
+    select,
+    without_numbers,
+)
 from openllama.checkpoint.reader import aligned, open_checkpoint
 from openllama.checkpoint.writer import OURS, write_weights
 from openllama.config import OpenLlamaConfig
@@ -176,7 +186,7 @@ class PretrainedModel(nn.Module):
         dtype = floating_dtype(torch_dtype if dtype is None else dtype)
         device = torch.get_default_device() if device is None else torch.device(device)
         checkpoint = open_checkpoint(folder, config, **config_overrides)
-        with torch.device("meta"):
+        with without_numbers():
             model = cls(checkpoint.config)
         model.set_attn_implementation(attn_implementation)
         weights = select(checkpoint.tensors, checkpoint.config, model._head)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -279,3 +281,11 @@ def test_a_message_shows_ten_of_each_kind() -> None:
     config = tiny_config()
     with pytest.raises(KeyMismatchError, match=r"not a weight of an Open-Llama \(100\): .*x9 and 90 more"):
         select({**native_weights(config), **{f"x{i}": torch.ones(1) for i in range(100)}}, config)
+
+
+def test_shapes_are_found_without_importing_torchs_compiler():
+    script = (
+        "import sys; from openllama import OpenLlamaConfig; from openllama.checkpoint.names import expected_shapes; "
+        "expected_shapes(OpenLlamaConfig(num_hidden_layers=1)); sys.exit('torch._dynamo' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

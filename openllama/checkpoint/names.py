@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import reduce
 from itertools import groupby
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from openllama.config import NATIVE_TYPE, OpenLlamaConfig
 from openllama.errors import ConfigError, InputError, KeyMismatchError, listed, warn
@@ -153,9 +155,26 @@ def floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
+@contextmanager
+def without_numbers() -> Iterator[None]:
+    """Modules made here have shapes but no numbers: they are on the meta device."""
+    with torch.device("meta"), _NoNormal():
+        yield
+
+
+class _NoNormal(TorchFunctionMode):
+    """Leaves ``nn.init.normal_`` out: on the meta device it imports torch's compiler, which takes a second."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: object, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if function is nn.init.normal_ else function(*args, **kwargs)
+
+
 def expected_shapes(config: OpenLlamaConfig, head: Head = "causal-lm") -> dict[str, Shape]:
     """Full native name -> shape of every weight that a file must hold; a tied ``lm_head`` is not among them."""
-    with torch.device("meta"):
+    with without_numbers():
         model = CausalLM(dataclasses.replace(config, num_hidden_layers=1))
     one = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
     shapes: dict[str, Shape] = {}

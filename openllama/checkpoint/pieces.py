@@ -94,7 +94,7 @@ def count_nonfinite(piece: Tensor) -> int:
 def count_subnormal(piece: Tensor) -> int:
     """Numbers too small for the full precision of their type, but not zero."""
     size, tiny = piece.abs(), torch.finfo(piece.dtype).tiny
-    if size.min() >= tiny:  # most pieces; counting takes ten times as long
+    if not piece.numel() or size.min() >= tiny:  # most pieces; counting takes ten times as long
         return 0
     return int(((size < tiny) & (size != 0)).count_nonzero())
 
