@@ -4,6 +4,7 @@
 
 ``eager`` is the specification, bitwise equal to transformers 4.31.0 on a CPU in float32. ``sdpa`` is
 torch's fused kernel. ``xformers`` needs that library and CUDA, and is used only when asked for by name.
+``register_backend`` adds a function of one's own.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from openllama.errors import BackendError
 from openllama.masks import Mask
@@ -39,10 +43,12 @@ def eager_attention(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropo
 
 def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropout: float) -> tuple[Tensor, None]:
     """The same through torch's fused kernel, which never holds the weights."""
-    output = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask.tensor, dropout_p=dropout, is_causal=mask.causal
-    )
-    return output, None
+    attend = partial(F.scaled_dot_product_attention, query, key, value, mask.tensor, dropout, mask.causal)
+    try:
+        return attend(), None
+    except NotImplementedError:  # the fused kernel has no forward-mode derivative
+        with sdpa_kernel(SDPBackend.MATH):
+            return attend(), None
 
 
 def xformers_attention(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropout: float) -> tuple[Tensor, None]:
@@ -70,19 +76,42 @@ _FUNCTIONS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
     "sdpa": sdpa_attention,
     "xformers": xformers_attention,
 }
+Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor, Mask, float, int], tuple[Tensor, Tensor | None]]
+_REGISTERED: dict[str, Attend] = {}
+
+
+def register_backend(name: str, function: Attend) -> None:
+    """Make ``function`` a backend: ``attn_implementation=name`` then computes attention with it.
+
+    ``function(query, key, value, mask, dropout, layer)`` gets query (B, H, T, D), key and value (B, H, S, D), the
+    ``Mask`` as sdpa takes it, the dropout probability (0 outside of training) and the layer's number. It returns the
+    output (B, H, T, D), and the weights (B, H, T, S) or None. A name may be registered again, as in a notebook; those
+    of ``BACKENDS`` may not.
+    """
+    if name in BACKENDS or not callable(function):
+        raise BackendError(f"register_backend needs a new name and a function, got {name!r} and {function!r}")
+    _REGISTERED[name] = function
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropout: float, backend: str
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropout: float, backend: str, layer: int = 0
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend with one of ``BACKENDS``; the weights come back from eager alone."""
+    """Attend with one of ``BACKENDS``, of which eager alone returns weights, or with a registered one."""
+    if backend in _REGISTERED:
+        return _REGISTERED[backend](query, key, value, mask, dropout, layer)
     return _FUNCTIONS[backend](query, key, value, mask, dropout)
+
+
+def backend_with_weights(name: str) -> str:
+    """The backend that computes a pass which returns attention weights: eager in place of a fused one."""
+    return name if name in _REGISTERED else "eager"
 
 
 def check_backend(name: str, device: torch.device) -> str:
     """``name`` if that backend can run on ``device``, else a ``BackendError`` that says why."""
-    if name not in BACKENDS:
-        raise BackendError(f"attn_implementation {name!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    if name not in BACKENDS and name not in _REGISTERED:
+        known = ", ".join((*BACKENDS, *_REGISTERED))
+        raise BackendError(f"attn_implementation {name!r} is unknown; choose one of {known}, or register_backend")
     if name == "xformers":
         if importlib.util.find_spec("xformers") is None:
             raise BackendError("attn_implementation 'xformers' needs that library: pip install 'openllama[xformers]'")

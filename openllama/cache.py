@@ -26,6 +26,9 @@ class GrowingCache(tuple[KeyValue, ...]):
     continued twice and gradients flow through it.
     """
 
+    def __repr__(self) -> str:
+        return f"GrowingCache({len(self)} layers, {self.get_seq_length()} tokens)"
+
     def get_seq_length(self) -> int:
         """Number of cached tokens."""
         return self[0][0].shape[2] if self else 0
@@ -72,6 +75,9 @@ class PreallocatedCache:
             (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
             for _ in range(config.num_hidden_layers)
         ]
+
+    def __repr__(self) -> str:
+        return f"PreallocatedCache({len(self)} layers, {self._length} of {self.max_length} tokens)"
 
     def __len__(self) -> int:
         return len(self._layers)

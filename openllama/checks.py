@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from openllama.cache import Cache, GrowingCache, KeyValue, PreallocatedCache
 from openllama.config import OpenLlamaConfig
-from openllama.errors import InputError
+from openllama.errors import InputError, warn
 from openllama.model import Inputs
 
 PLAIN = (Tensor, nn.Parameter)  # the numbers of other types (fake, distributed) may be nowhere, or elsewhere
@@ -56,6 +56,8 @@ def checked_inputs(
 
     ``dtype``: in which the model computes with ids. A padding mask of ones is dropped: it says nothing.
     """
+    if isinstance(input_ids, torch.fx.Proxy):
+        raise InputError("torch.fx.symbolic_trace cannot follow a model that checks its input; use torch.export.export")
     if input_ids is not None and inputs_embeds is None:
         check_input_ids(input_ids, config.vocab_size)
         tokens = input_ids.long()
@@ -68,6 +70,8 @@ def checked_inputs(
     cache = as_cache(past_key_values, batch, config, dtype, tokens.device)
     if isinstance(cache, PreallocatedCache):
         cache.check_room(length)
+    if position_ids is None and not torch.compiler.is_compiling():
+        warn_beyond_training(cache.get_seq_length() + length, config)
     if position_ids is not None:
         check_position_ids(position_ids, batch, length)
         position_ids = position_ids.to(tokens.device).view(-1, length)
@@ -76,6 +80,16 @@ def checked_inputs(
         if check_attention_mask(attention_mask, batch, length, key_length, config.num_attention_heads):
             attention_mask = None
     return Inputs(tokens, attention_mask, position_ids, cache)
+
+
+def warn_beyond_training(length: int, config: OpenLlamaConfig) -> bool:
+    """Warn of a sequence that is longer than those of the training, if it is; scaled positions are meant for such."""
+    limit = config.max_position_embeddings
+    if length <= limit or config.rope_scaling is not None:
+        return False
+    # The text is always the same, so that it is shown once.
+    warn(f"a sequence of more than {limit} tokens (max_position_embeddings): the model was not trained for it")
+    return True
 
 
 def is_integer(tensor: Tensor) -> bool:

@@ -6,7 +6,8 @@ comes in: what has been checked goes on as ``Inputs``, which ``forward`` takes a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -14,15 +15,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from openllama import generation
+from openllama.attention import backend_with_weights
 from openllama.cache import Cache, KeyValue
 from openllama.checks import check_classification_labels, check_labels, check_tensor, checked_inputs, values_of
 from openllama.config import OpenLlamaConfig
-from openllama.errors import InputError, warn
+from openllama.errors import BackendError, InputError, warn
 from openllama.generation import GenerateOutput, GenerationConfig
 from openllama.generation.outputs import Streamer
 from openllama.generation.state import prepare_inputs_for_generation
 from openllama.losses import causal_lm_loss, chunked_causal_lm_loss, classification_loss
-from openllama.model import CausalLM, Decoder, Inputs, init_weights
+from openllama.model import CausalLM, Decoder, Inputs, SharedHead, init_weights
 from openllama.outputs import BaseModelOutput, CausalLMOutput, SequenceClassifierOutput
 from openllama.pretrained import PretrainedModel, warn_of_unmatched_adapter
 
@@ -78,25 +80,37 @@ class OpenLlamaModel(PretrainedModel, Decoder):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> BaseModelOutput | tuple[Any, ...]:
-        """Token ids (B, T), or ``inputs_embeds`` (B, T, C), which skip the embedding and its norm.
+        """Token ids (B, T), or ``inputs_embeds`` (B, T, C), which skip the embedding and its norm: ``embed(ids)``.
 
         ``attention_mask``: (B, S) of 0/1 over cached and new tokens, or 4-D (bool or additive), which
         is used as it is and must carry causality. ``position_ids``: (B, T), by default counting on
         from the cache. Arguments left None take the config's value. Attentions come from the eager
-        backend, whatever the model's own is. Raises ``InputError``.
+        backend in place of a fused one. Raises ``InputError``.
         """
         tensors = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
         inputs = self.checked(*tensors, use_cache, output_attentions, output_hidden_states)
         output = BaseModelOutput(*Decoder.forward(self, inputs))
+        if any(weights is None for weights in output.attentions or ()):
+            raise BackendError(f"attn_implementation {inputs.backend!r} returns no attention weights; use 'eager'")
         return output if self._wants_dict(input_ids, return_dict) else output.to_tuple()
 
     if TYPE_CHECKING:
         __call__ = forward  # nn.Module has Any
 
     def _run_layer(self, layer: nn.Module, *arguments: Any) -> tuple[Tensor, Tensor | None, KeyValue]:
+        """One layer, computed again in the backward pass where that is on; hooks may return the vectors alone."""
+        run: Callable[..., Any] = layer
         if self.gradient_checkpointing and self.training:
-            return checkpoint(layer, *arguments, **self.checkpoint_arguments)
-        return layer(*arguments)
+            run = partial(checkpoint, layer, **self.checkpoint_arguments)
+        if not layer._forward_hooks or torch.compiler.is_compiling():
+            return run(*arguments)
+        outputs: list[Any] = []
+        first = layer.register_forward_hook(lambda module, given, output: outputs.append(output), prepend=True)
+        try:
+            output = run(*arguments)
+        finally:
+            first.remove()
+        return (output, *outputs[0][1:]) if isinstance(output, Tensor) else output
 
     def checked(
         self,
@@ -122,7 +136,7 @@ class OpenLlamaModel(PretrainedModel, Decoder):
         attentions = config.output_attentions if output_attentions is None else output_attentions
         use_cache = self._use_cache(use_cache, past_key_values)
         return checked_inputs(config, self.dtype, input_ids, *tensors)._replace(
-            backend="eager" if attentions else self.attn_implementation,
+            backend=backend_with_weights(self.attn_implementation) if attentions else self.attn_implementation,
             use_cache=use_cache,
             output_attentions=attentions,
             output_hidden_states=config.output_hidden_states if output_hidden_states is None else output_hidden_states,
@@ -142,8 +156,8 @@ class OpenLlamaModel(PretrainedModel, Decoder):
 class OpenLlamaForCausalLM(PretrainedModel, CausalLM):
     """The decoder and a projection to the vocabulary.
 
-    Where the config has ``shared_input_output_embedding`` the projection is the raw embedding table
-    and ``lm_head`` is None; with ``tie_word_embeddings`` it is a ``lm_head`` that holds the same tensor.
+    Where the config has ``shared_input_output_embedding`` the projection ``lm_head`` uses the raw embedding table and
+    has no weight of its own; with ``tie_word_embeddings`` it holds the same tensor.
     """
 
     model: OpenLlamaModel
@@ -216,10 +230,9 @@ class OpenLlamaForCausalLM(PretrainedModel, CausalLM):
         if isinstance(given, Tensor):
             self._check_labels(given, labels, 0)
         hidden = self.model(input_ids, **{"use_cache": False, **arguments, "return_dict": True}).last_hidden_state
-        head = self.get_output_embeddings()
-        if type(head) not in (nn.Linear, nn.Embedding) or getattr(head, "bias", None) is not None:
-            return causal_lm_loss(self.project(hidden), labels)
-        return chunked_causal_lm_loss(hidden, labels, head.weight)
+        if type(self.lm_head) not in (nn.Linear, SharedHead) or getattr(self.lm_head, "bias", None) is not None:
+            return causal_lm_loss(self.lm_head(hidden), labels)
+        return chunked_causal_lm_loss(hidden, labels, self.lm_head.weight)
 
     @overload
     def generate(
@@ -250,9 +263,12 @@ class OpenLlamaForCausalLM(PretrainedModel, CausalLM):
     ) -> Tensor | GenerateOutput: ...
 
     def generate(self, input_ids: Tensor | None = None, **arguments: Any) -> Tensor | GenerateOutput:
-        """Continue ``input_ids`` (B, L) and return all ids; see ``openllama.generation.prepare`` for arguments.
+        """Continue ``input_ids`` (B, L): all ids, or with ``return_dict_in_generate=True`` a ``GenerateOutput``.
 
-        A tensor, or with ``return_dict_in_generate=True`` a ``GenerateOutput``.
+        Arguments: ``attention_mask`` (B, L), and the settings of ``GenerationConfig`` by name, such as
+        ``max_new_tokens``, ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``num_beams``; the others are those
+        of ``openllama.generation.prepare``. Prompts of different lengths are padded on the left. It calls the model
+        that it is a method of: ``torch.compile(model).generate`` compiles nothing, ``model.compile()`` does.
         """
         return generation.generate(self, input_ids, **arguments)
 
@@ -271,28 +287,29 @@ class OpenLlamaForCausalLM(PretrainedModel, CausalLM):
             raise InputError(f"a loss needs all logits; pass labels or logits_to_keep={logits_to_keep}, not both")
         check_labels(labels, tokens.shape[:2], self.config.vocab_size)
 
-    def get_output_embeddings(self) -> nn.Embedding | nn.Linear:
-        """The module whose weight (V, C) makes the logits: the embedding table where it is shared."""
-        return self.model.embedding.tokens if self.lm_head is None else self.lm_head
+    def get_output_embeddings(self) -> nn.Linear | SharedHead:
+        """``lm_head``: hidden states (B, T, C) -> logits (B, T, V)."""
+        return self.lm_head
 
-    def set_output_embeddings(self, module: nn.Linear) -> None:
-        """Replace ``lm_head``; where the embedding table makes the logits, only a module that holds it will do."""
+    def set_output_embeddings(self, module: nn.Linear | SharedHead) -> None:
+        """Replace ``lm_head``; where it is tied or shared, only a module that holds the embedding table will do."""
         table = self.model.embedding.tokens.weight
-        if self.lm_head is None and module is self.model.embedding.tokens:
+        shared = isinstance(self.lm_head, SharedHead)
+        if module is self.lm_head or (shared and module is self.get_input_embeddings()):
             return
         if not isinstance(module, nn.Linear) or module.bias is not None:
             raise InputError(f"output embeddings must be an nn.Linear without bias, got {module}")
         if module.weight.shape != table.shape:
             raise InputError(f"output embeddings must be {tuple(table.shape)}, got {tuple(module.weight.shape)}")
-        if (self.lm_head is None or self.config.tie_word_embeddings) and module.weight is not table:
-            flag = "shared_input_output_embedding" if self.lm_head is None else "tie_word_embeddings"
+        if (shared or self.config.tie_word_embeddings) and module.weight is not table:
+            flag = "shared_input_output_embedding" if shared else "tie_word_embeddings"
             raise InputError(f"the config has {flag}: the output is the input table; use set_input_embeddings")
-        if self.lm_head is not None:
+        if not shared:
             self.lm_head = module
 
     def tie_weights(self) -> None:
         """Make ``lm_head`` hold the embedding table itself where the config says so."""
-        if self.config.tie_word_embeddings and self.lm_head is not None:
+        if self.config.tie_word_embeddings and not isinstance(self.lm_head, SharedHead):
             self.lm_head.weight = self.model.embedding.tokens.weight
 
 

@@ -111,7 +111,7 @@ class Attention(nn.Module):
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, H, T, D)
         key, value = context.cache.append(layer, key, value)  # (B, H, S, D)
         dropout = self.dropout if self.training else 0.0
-        mixed, weights = attention(query, key, value, context.mask, dropout, context.backend)
+        mixed, weights = attention(query, key, value, context.mask, dropout, context.backend, layer)
         mixed = mixed.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
         return self.o_proj(mixed), weights, (key, value)
 
@@ -202,34 +202,50 @@ class Decoder(nn.Module):
         return layer(*arguments)
 
 
+class SharedHead(nn.Module):
+    """Hidden states (B, T, C) -> logits (B, T, V) by the raw embedding table, without a norm or weight of its own."""
+
+    def __init__(self, model: CausalLM) -> None:
+        super().__init__()
+        self.owner = (model,)  # a tuple, because a module here would be listed as a part of the head
+
+    @property
+    def weight(self) -> Tensor:
+        """The table (V, C); if an adapter has replaced the module that holds it, the rows that the adapter returns."""
+        tokens = self.owner[0].model.embedding.tokens
+        if type(tokens).forward is nn.Embedding.forward:
+            return tokens.weight
+        return tokens(torch.arange(len(tokens.weight), device=tokens.weight.device))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.weight)
+
+
 class CausalLM(nn.Module):
     """The decoder and a projection to the vocabulary: token ids -> logits.
 
-    Where the config has ``shared_input_output_embedding`` the projection is the raw embedding table, without its norm,
-    and ``lm_head`` is None; with ``tie_word_embeddings`` it is a ``lm_head`` that holds the same tensor.
+    The projection, ``lm_head``, is a ``SharedHead`` where the config has ``shared_input_output_embedding``. Else it is
+    a matrix of its own, which with ``tie_word_embeddings`` holds the same tensor as the table.
     """
+
+    lm_head: nn.Linear | SharedHead
 
     def __init__(self, config: OpenLlamaConfig, decoder: Decoder | None = None) -> None:
         super().__init__()
         self.model = decoder or Decoder(config)
-        self.lm_head: nn.Linear | None = None
-        if not config.shared_input_output_embedding:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-            init_weights(self.lm_head, config)
-        if self.lm_head is not None and config.tie_word_embeddings:
+        if config.shared_input_output_embedding:
+            self.lm_head = SharedHead(self)
+            return
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        init_weights(self.lm_head, config)
+        if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embedding.tokens.weight
 
     def forward(self, inputs: Inputs, logits_to_keep: int = 0) -> tuple[Tensor, Output]:
         """Logits (B, T, V), of the last ``logits_to_keep`` positions where that is not 0, and the decoder's output."""
         output = self.model(inputs)
         hidden = output.last_hidden_state[:, -logits_to_keep:]  # [:, -0:] is everything
-        return self.project(hidden), output
-
-    def project(self, hidden: Tensor) -> Tensor:
-        """Hidden states (B, T, C) -> logits (B, T, V)."""
-        if self.lm_head is None:
-            return F.linear(hidden, self.model.embedding.tokens.weight)
-        return self.lm_head(hidden)
+        return self.lm_head(hidden), output
 
 
 def init_weights(model: nn.Module, config: OpenLlamaConfig) -> None:

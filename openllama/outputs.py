@@ -13,7 +13,7 @@ from torch import Tensor
 from openllama.cache import Cache, GrowingCache
 
 
-@dataclass
+@dataclass(repr=False)
 class ModelOutput:
     """``out.logits``, ``out["logits"]``, ``out[0]``, ``out[:2]``, ``**out``, as in transformers."""
 
@@ -50,8 +50,23 @@ class ModelOutput:
     def __len__(self) -> int:
         return len(self.keys())
 
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={described(value)}" for name, value in self.items())
+        return f"{type(self).__name__}({fields})"
 
-@dataclass
+
+def described(value: Any) -> str:
+    """A value with shapes in place of numbers: "float32 (1, 17, 4600)", "4 x float32 (1, 17, 256)"."""
+    if isinstance(value, Tensor):
+        if value.ndim == 0 and not value.is_meta:
+            return f"{value.item():.4g}"
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    if isinstance(value, tuple) and not isinstance(value, GrowingCache) and value:
+        return f"{len(value)} x {described(value[0])}"
+    return repr(value)
+
+
+@dataclass(repr=False)
 class BaseModelOutput(ModelOutput):
     """Output of ``OpenLlamaModel``."""
 
@@ -61,7 +76,7 @@ class BaseModelOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None  # one (B, H, T, S) per layer
 
 
-@dataclass
+@dataclass(repr=False)
 class CausalLMOutput(ModelOutput):
     """Output of ``OpenLlamaForCausalLM``; hidden states and attentions as in ``BaseModelOutput``."""
 
@@ -72,7 +87,7 @@ class CausalLMOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-@dataclass
+@dataclass(repr=False)
 class SequenceClassifierOutput(ModelOutput):
     """Output of ``OpenLlamaForSequenceClassification``; hidden states and attentions as in ``BaseModelOutput``."""
 

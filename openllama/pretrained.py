@@ -32,7 +32,7 @@ from openllama.config import OpenLlamaConfig
 from openllama.errors import InputError, warn
 from openllama.generation.config import GENERATION_CONFIG_FILE, GenerationConfig
 from openllama.model import Inputs, StableEmbedding
-from openllama.surgery import check_resizable, check_special_ids, resize_vocabulary
+from openllama.surgery import check_resizable, check_special_ids, own_head, resize_vocabulary
 
 Model = TypeVar("Model", bound="PretrainedModel")
 
@@ -119,7 +119,15 @@ class PretrainedModel(nn.Module):
             self._require_grads = None
 
     def get_input_embeddings(self) -> nn.Embedding:
+        """The embedding table. With a stable embedding its vectors are not what the layers get: see ``embed``."""
         return self.base_model.embedding.tokens
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Token ids (B, T) -> the vectors (B, T, C) that the layers get, with the norm of a stable embedding.
+
+        ``model(inputs_embeds=model.embed(ids))`` computes what ``model(ids)`` does.
+        """
+        return self.base_model.embedding(input_ids)
 
     def set_input_embeddings(self, module: nn.Embedding) -> None:
         """Replace the embedding table by one of the same shape; tied heads follow."""
@@ -150,7 +158,7 @@ class PretrainedModel(nn.Module):
             size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
         if size == self.config.vocab_size:
             return self.get_input_embeddings()
-        table, head = self.get_input_embeddings(), getattr(self, "lm_head", None)
+        table, head = self.get_input_embeddings(), own_head(self)
         check_resizable(table, head, size)
         padding = dataclasses.replace(self.config, pad_token_id=self.config.padding_idx)  # a row, counted from 0
         check_special_ids(size, padding, getattr(self, "generation_config", None))
@@ -243,7 +251,7 @@ class PretrainedModel(nn.Module):
             places.add(tensor.data_ptr())
             state[name] = tensor
         state = aligned(state)
-        if isinstance(getattr(self, "lm_head", None), nn.Module):
+        if isinstance(getattr(self, "lm_head", None), nn.Linear):
             state.setdefault(LM_HEAD, state[EMBEDDING])
         if weights.head == "classifier" and SCORE not in state:
             warn(f"{SCORE} is new and random: the checkpoint has no classifier; train it")

@@ -10,9 +10,15 @@ from torch import nn
 
 from openllama.config import OpenLlamaConfig
 from openllama.errors import InputError
-from openllama.model import init_weights
+from openllama.model import SharedHead, init_weights
 
 SPACE = "▁"  # how a piece writes a space
+
+
+def own_head(model: nn.Module) -> Any:
+    """The ``lm_head`` of a model, None where it has none or uses the rows of the embedding table."""
+    head = getattr(model, "lm_head", None)
+    return None if isinstance(head, SharedHead) else head
 
 
 def check_resizable(table: nn.Module, head: nn.Module | None, size: object) -> None:
@@ -65,7 +71,7 @@ def extend_vocabulary(model: Any, old: Any, new: Any) -> None:
     those of ``new``, or else those that the same tokens have now. Raises ``InputError`` where a token of ``old`` has
     no row.
     """
-    table, head, size = model.get_input_embeddings(), getattr(model, "lm_head", None), len(new)
+    table, head, size = model.get_input_embeddings(), own_head(model), len(new)
     check_resizable(table, head, size)
     if len(old) > len(table.weight):
         raise InputError(f"the old tokenizer has {len(old)} tokens, the model only {len(table.weight)} rows for them")

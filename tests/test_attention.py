@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from openllama import OpenLlamaForCausalLM, OpenLlamaModel
-from openllama.attention import BACKENDS, attention, check_backend
+from openllama import attention as attention_module
+from openllama.attention import BACKENDS, attention, check_backend, register_backend
 from openllama.errors import BackendError
-from openllama.masks import prepare_mask
+from openllama.masks import Mask, causal_mask, prepare_mask
 from tests.draw import examples
 from tests.parity.draws import PADDINGS, padding_mask, seeds
 from tests.tiny import tiny_config, tiny_ids, tiny_model
@@ -247,3 +248,58 @@ def test_asking_for_attentions_means_eager_for_that_call(backend: str) -> None:
         torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 7))
     assert model.model.attn_implementation == backend
     assert model(tiny_ids()).attentions is None
+
+
+# --- a backend of one's own ---
+
+
+@pytest.fixture
+def own_backend(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A backend "own", eager attention; the list gets the numbers of the layers that it has computed."""
+    layers: list[int] = []
+
+    def own(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropout: float, layer: int) -> tuple[Tensor, Tensor]:
+        layers.append(layer)
+        assert mask.causal or mask.tensor is None or mask.tensor.dtype == torch.bool
+        seen = causal_mask(query.shape[2], key.shape[2], query.device) if mask.causal else mask.tensor
+        scores = query @ key.transpose(2, 3) / query.shape[-1] ** 0.5
+        weights = (scores if seen is None else scores.masked_fill(~seen, -torch.inf)).softmax(-1)
+        return weights @ value, weights
+
+    monkeypatch.setattr(attention_module, "_REGISTERED", {})
+    register_backend("own", own)
+    return layers
+
+
+def test_a_registered_function_computes_attention_and_gets_the_number_of_the_layer(own_backend: list[int]) -> None:
+    model, eager = tiny_model(attn_implementation="own"), tiny_model(attn_implementation="eager")
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
+    for arguments in ({}, {"attention_mask": mask}):
+        own_backend.clear()
+        found, expected = model(tiny_ids(), **arguments), eager(tiny_ids(), **arguments)
+        assert own_backend == [0, 1]
+        real = mask.bool() if arguments else slice(None)
+        torch.testing.assert_close(found.logits[real], expected.logits[real])
+    assert torch.equal(
+        model.generate(tiny_ids(), attention_mask=mask, max_new_tokens=5),
+        eager.generate(tiny_ids(), attention_mask=mask, max_new_tokens=5),
+    )
+
+
+def test_a_registered_function_also_computes_the_passes_that_return_attentions(own_backend: list[int]) -> None:
+    model = tiny_model(attn_implementation="own")
+    found = model(tiny_ids(), output_attentions=True).attentions
+    assert own_backend == [0, 1]
+    torch.testing.assert_close(found, tiny_model()(tiny_ids(), output_attentions=True).attentions)
+    register_backend("own", lambda query, key, value, mask, dropout, layer: (query, None))
+    model(tiny_ids())
+    with pytest.raises(BackendError, match="'own' returns no attention weights; use 'eager'"):
+        model(tiny_ids(), output_attentions=True)
+
+
+@pytest.mark.parametrize(("name", "function"), [("eager", print), ("sdpa", print), ("mine", None)])
+def test_what_cannot_be_a_backend_is_refused(own_backend: list[int], name: str, function: Any) -> None:
+    with pytest.raises(BackendError, match="needs a new name and a function"):
+        register_backend(name, function)
+    with pytest.raises(BackendError, match="'mine' is unknown; choose one of eager, sdpa, xformers, own"):
+        tiny_model(attn_implementation="mine")

@@ -385,3 +385,15 @@ def test_checks_of_values_are_no_part_of_a_compiled_graph() -> None:
 
     ids = torch.full((1, 2), 99)
     assert torch.equal(torch.compile(check, backend="eager", fullgraph=True)(ids), ids + 1)
+
+
+def test_a_sequence_beyond_the_training_is_warned_of_once_it_is_too_long() -> None:
+    model = tiny_model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        past = model(tiny_ids(1, 16)).past_key_values
+        tiny_model(rope_scaling={"type": "linear", "factor": 2.0})(tiny_ids(1, 17))
+        model(tiny_ids(1, 17), position_ids=torch.arange(17)[None] % 9)  # packed documents
+    for length, cache in ((17, None), (1, past)):
+        with pytest.warns(UserWarning, match=r"a sequence of more than 16 tokens \(max_position_embeddings\)"):
+            model(tiny_ids(1, length), past_key_values=cache)

@@ -247,8 +247,7 @@ def test_the_cache_and_the_logits_of_the_prompt_are_what_the_backend_of_the_pass
     model = make_model()
     model.set_attn_implementation(backend)
     positions: list[int] = []
-    project = model.project
-    model.project = lambda hidden: (positions.append(hidden.shape[1]), project(hidden))[1]
+    model.lm_head.register_forward_pre_hook(lambda module, args: positions.append(args[0].shape[1]))
     output = model.generate(prompt, max_new_tokens=3, output_attentions=attentions, return_dict_in_generate=True)
     eager = backend == "eager" or attentions
     assert isinstance(output.past_key_values, GrowingCache if eager else PreallocatedCache)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from openllama import OpenLlamaConfig, OpenLlamaForCausalLM, OpenLlamaForSequenceClassification, OpenLlamaModel
 from openllama.errors import InputError
-from openllama.model import Inputs
+from openllama.model import Inputs, SharedHead
 from tests.draw import examples
 from tests.parity.draws import Batch, batches, configs, in_float64, length_of, randomise_norms, seeds
 from tests.tiny import tiny_config, tiny_ids, tiny_model
@@ -36,7 +36,7 @@ def drawn_model(config: OpenLlamaConfig, seed: int) -> OpenLlamaForCausalLM:
 def test_shared_means_no_head_and_tied_means_the_same_tensor(shared: bool, tied: bool) -> None:
     model = tiny_model(shared_input_output_embedding=shared, tie_word_embeddings=tied)
     table = model.model.embedding.tokens.weight
-    assert (model.lm_head is None) is shared
+    assert isinstance(model.lm_head, SharedHead) is shared
     assert ("lm_head.weight" in model.state_dict()) is not shared
     weight = model.get_output_embeddings().weight
     assert (weight is table) is (shared or tied)

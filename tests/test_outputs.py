@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import re
 
 import pytest
 import torch
@@ -69,3 +70,16 @@ def test_outputs_of_models_can_be_pickled() -> None:
     again = pickle.loads(pickle.dumps(out))
     assert again.keys() == out.keys()
     assert torch.equal(again[0], out[0])
+
+
+def test_an_output_is_printed_with_shapes_in_place_of_numbers() -> None:
+    model = tiny_model()
+    out = model(tiny_ids(), labels=tiny_ids(), output_hidden_states=True)
+    assert re.fullmatch(
+        r"CausalLMOutput\(loss=3\.\d+, logits=float32 \(2, 7, 23\), "
+        r"past_key_values=GrowingCache\(2 layers, 7 tokens\), hidden_states=3 x float32 \(2, 7, 24\)\)",
+        repr(out),
+    )
+    made = model.generate(tiny_ids(), max_new_tokens=2, return_dict_in_generate=True, output_attentions=True)
+    assert repr(made).startswith("GenerateOutput(sequences=int64 (2, 9), attentions=2 x 2 x float32 (2, 2, 7, 7), past")
+    assert len(repr(model.model(tiny_ids()))) < 150

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from openllama import OpenLlamaConfig, OpenLlamaForCausalLM, OpenLlamaForSequenceClassification, OpenLlamaModel
 from openllama.errors import InputError
+from openllama.model import SharedHead
 from tests.checkpoints import assert_same_tensors
 from tests.draw import examples
 from tests.parity.draws import configs, randomise_norms, seeds
@@ -34,9 +35,9 @@ HEADS = [
 
 
 def tables(model: Any) -> Iterator[nn.Module]:
-    """The embedding, and ``lm_head`` where there is one."""
+    """The embedding, and ``lm_head`` where there is one with rows of its own."""
     yield model.get_input_embeddings()
-    if getattr(model, "lm_head", None) is not None:
+    if isinstance(getattr(model, "lm_head", None), nn.Linear):
         yield model.lm_head
 
 
@@ -47,7 +48,7 @@ def assert_ties_hold(model: Any) -> None:
     if not isinstance(model, OpenLlamaForCausalLM):
         assert head is None
         return
-    assert (model.lm_head is None) == model.config.shared_input_output_embedding
+    assert isinstance(head, SharedHead) == model.config.shared_input_output_embedding
     one = model.config.shared_input_output_embedding or model.config.tie_word_embeddings
     assert (head.weight is table) == one
     assert head.weight.shape == table.shape
@@ -257,8 +258,10 @@ def test_modules_of_another_kind_are_refused_by_name(fields: dict[str, bool]) ->
 
 def test_a_shared_model_takes_its_own_table_back_as_its_head() -> None:
     model = tiny_model(shared_input_output_embedding=True)
-    model.set_output_embeddings(model.get_output_embeddings())
-    assert model.lm_head is None
+    head = model.get_output_embeddings()
+    for same in (head, model.get_input_embeddings()):
+        model.set_output_embeddings(same)
+        assert model.lm_head is head
 
 
 @pytest.mark.parametrize("place", ["lm_head", "model.embedding.tokens"])

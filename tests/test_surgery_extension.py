@@ -26,7 +26,7 @@ def tokenizers(folder: Path) -> tuple[OpenLlamaTokenizer, OpenLlamaTokenizer]:
 
 
 def tables(model: OpenLlamaForCausalLM) -> list[torch.Tensor]:
-    head = [] if model.lm_head is None else [model.lm_head.weight]
+    head = [model.lm_head.weight] if isinstance(model.lm_head, torch.nn.Linear) else []
     return [model.get_input_embeddings().weight, *head]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch.func import functional_call, grad, jvp, vmap
 
 from openllama import OpenLlamaConfig, OpenLlamaForCausalLM, OpenLlamaForSequenceClassification, OpenLlamaModel
 from openllama.cache import GrowingCache, PreallocatedCache
+from openllama.errors import InputError
 from openllama.model import RMSNorm
 from openllama.outputs import CausalLMOutput
 from tests.draw import examples
@@ -285,6 +287,104 @@ def test_a_hook_on_a_projection_can_replace_what_it_gives() -> None:
     torch.testing.assert_close(model(tiny_ids()).logits, other(tiny_ids()).logits)
 
 
+@pytest.mark.parametrize("arguments", [{"use_cache": True}, {"use_cache": False}, {"output_attentions": True}])
+def test_a_hook_on_a_layer_may_return_the_vectors_alone(arguments: dict[str, Any]) -> None:
+    outputs = []
+    for steer in (lambda output: output[0] + 1, lambda output: (output[0] + 1, *output[1:])):
+        model = tiny_model(attn_implementation="sdpa")
+        model.model.layers[0].register_forward_hook(lambda module, args, output, steer=steer: steer(output))
+        texts = model.generate(tiny_ids(), max_new_tokens=4, use_cache=arguments.get("use_cache", True))
+        outputs.append((*model(tiny_ids(), **arguments).to_tuple(), texts))
+        assert len(model.model.layers[0]._forward_hooks) == 1
+    torch.testing.assert_close(*outputs)
+    assert not torch.equal(outputs[0][0], tiny_model(attn_implementation="sdpa")(tiny_ids()).logits)
+
+
+def test_a_hook_on_a_layer_may_return_the_vectors_alone_while_layers_are_computed_again() -> None:
+    found = []
+    for again in (False, True):
+        model = tiny_model(**NO_DROPOUT).train()
+        model.model.layers[0].register_forward_hook(lambda module, args, output: 2 * output[0])
+        if again:
+            model.gradient_checkpointing_enable()
+        model(tiny_ids(), labels=tiny_ids(), use_cache=False).loss.backward()
+        found.append(gradients(model))
+    torch.testing.assert_close(*found)
+
+
+# --- the projection ---
+
+
+@pytest.mark.parametrize("fields", [{}, OWN_HEAD, TIED_HEAD], ids=["shared", "own", "tied"])
+def test_the_projection_is_a_module_that_hooks_see(fields: dict[str, Any]) -> None:
+    model, seen = tiny_model(**fields), []
+    expected = model.get_output_embeddings()(model.model(tiny_ids()).last_hidden_state)
+    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(args[0]) or 2 * output)
+    assert torch.equal(model(tiny_ids()).logits, 2 * expected)
+    assert [hidden.shape for hidden in seen] == [(2, 7, 24)]
+
+
+def test_a_shared_projection_has_no_weight_of_its_own_and_follows_the_table() -> None:
+    model = tiny_model()
+    assert list(model.lm_head.parameters()) == list(model.lm_head.state_dict()) == []
+    hidden = model.model(tiny_ids()).last_hidden_state
+    for change in (
+        lambda: model.set_input_embeddings(nn.Embedding(23, 24)),
+        lambda: setattr(model.model, "embedding", copy.deepcopy(model.model.embedding)),
+        lambda: setattr(model, "model", tiny_model(seed=2).model),
+    ):
+        before = model.lm_head(hidden)
+        change()
+        assert torch.equal(model.lm_head(hidden), F.linear(hidden, model.model.embedding.tokens.weight))
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        model.get_input_embeddings().weight.data.add_(1)
+        assert not torch.equal(model.lm_head(hidden), before)
+
+
+@pytest.mark.parametrize("fields", [{"target_modules": ["tokens"]}, {"modules_to_save": ["tokens"]}], ids=str)
+def test_an_adapter_on_the_shared_table_acts_on_the_projection_too(fields: dict[str, Any]) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed; it is part of the test extra where it can be")
+    model = tiny_model(**NO_DROPOUT)
+    before = model(tiny_ids()).logits
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**{"target_modules": ["q_proj"], "r": 2, **fields})).train()
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(3):
+        adapted(input_ids=tiny_ids(), labels=tiny_ids(), use_cache=False).loss.backward()
+        optimizer.step()
+    after = adapted.eval()(input_ids=tiny_ids(), output_hidden_states=True)
+    rows = adapted.get_base_model().get_input_embeddings()(torch.arange(23))
+    torch.testing.assert_close(after.logits, F.linear(after.hidden_states[-1], rows))
+    assert not torch.allclose(after.logits, before, atol=1e-2)
+    torch.testing.assert_close(adapted.merge_and_unload()(tiny_ids()).logits, after.logits)
+
+
+# --- embedding ---
+
+
+@pytest.mark.parametrize("stable", [True, False])
+def test_embedded_ids_give_what_the_ids_give(stable: bool) -> None:
+    model = tiny_model(use_stable_embedding=stable)
+    expected = model(tiny_ids()).logits
+    assert torch.equal(model(inputs_embeds=model.embed(tiny_ids())).logits, expected)
+    raw = model.get_input_embeddings()(tiny_ids())
+    assert torch.equal(model(inputs_embeds=raw).logits, expected) is not stable
+
+
+def test_attributions_to_the_embedding_sum_to_the_difference_of_the_outputs() -> None:
+    model = tiny_model().double()
+    ids, baseline = tiny_ids(1, 5), tiny_ids(1, 5) * 0 + 3
+    start, end = model.embed(baseline).detach(), model.embed(ids).detach()
+
+    def output(vectors: Tensor) -> Tensor:
+        return model(inputs_embeds=vectors).logits[:, -1, 5]
+
+    points = (torch.arange(400) + 0.5) / 400
+    paths = (start + points[:, None, None] * (end - start)).requires_grad_()
+    [gradient] = torch.autograd.grad(output(paths).sum(), paths)
+    attributions = ((end - start) * gradient.mean(0)).sum(-1)  # integrated gradients (Sundararajan et al. 2017)
+    torch.testing.assert_close(attributions.sum(), (output(end) - output(start)).sum(), rtol=1e-3, atol=1e-5)
+
+
 # --- torch.func ---
 
 
@@ -329,6 +429,21 @@ def test_forward_mode_derivatives_are_those_of_differences() -> None:
         logits({name: value + sign * step * direction[name] for name, value in weights.items()}) for sign in (1, -1)
     )
     torch.testing.assert_close(found, (ahead - behind) / (2 * step), rtol=1e-4, atol=1e-4)
+
+
+def test_forward_mode_works_through_the_fused_kernel_by_the_plain_one() -> None:
+    found = []
+    for backend in BACKENDS:
+        model = tiny_model(attn_implementation=backend, **NO_DROPOUT).double()
+        vectors = model.embed(tiny_ids()).detach()
+        direction = torch.ones_like(vectors)
+        found.append(jvp(lambda vectors, model=model: model(inputs_embeds=vectors).logits, (vectors,), (direction,)))
+    torch.testing.assert_close(*found)
+
+
+def test_a_symbolic_trace_says_what_to_use_instead() -> None:
+    with pytest.raises(InputError, match=r"torch\.fx\.symbolic_trace cannot .* use torch\.export\.export"):
+        torch.fx.symbolic_trace(tiny_model())
 
 
 # --- adapters ---

@@ -23,7 +23,7 @@ class Step:
     hidden_states: tuple[Tensor, ...] | None = None
 
 
-@dataclass
+@dataclass(repr=False)
 class GenerateOutput(ModelOutput):
     """Of ``generate(return_dict_in_generate=True)``; the tuples have one entry per new token.
 

@@ -75,7 +75,7 @@ def _log_probs(model: LanguageModel, hidden: Tensor, targets: Tensor) -> Tensor:
     size = max(1, CHUNK_LOGITS // model.config.vocab_size)
     chunks = []
     for vectors, wanted in zip(hidden.split(size), targets.split(size), strict=True):
-        logits = model.project(vectors)
+        logits = model.lm_head(vectors)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         chunks.append(wide.log_softmax(dim=-1).gather(1, wanted[:, None].long()).squeeze(1))
     return torch.cat(chunks)

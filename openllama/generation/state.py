@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from openllama.attention import backend_with_weights
 from openllama.cache import Cache, GrowingCache, PreallocatedCache
+from openllama.checks import warn_beyond_training
 from openllama.config import OpenLlamaConfig
-from openllama.errors import warn
 from openllama.generation.config import GenerationConfig
 from openllama.generation.processors import LogitsProcessor
 from openllama.generation.stopping import StoppingCriterion, stopped
@@ -54,7 +55,8 @@ class LanguageModel(Protocol):
 
     def get_decoder(self) -> Callable[..., Any]: ...
 
-    def project(self, hidden: Tensor) -> Tensor: ...
+    @property
+    def lm_head(self) -> Callable[[Tensor], Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ class Sequences:
         config, prompt = request.config, request.input_ids
         batch, self.length = prompt.shape
         self.model, self.config = model, config
-        self.backend = "eager" if config.output_attentions else model.attn_implementation
+        backend = model.attn_implementation
+        self.backend = backend_with_weights(backend) if config.output_attentions else backend
         self._ids = F.pad(prompt, (0, config.max_length - self.length))
         self._offset, self._mask, self._positions = request.offset, request.attention_mask, None
         if self._mask is not None:
@@ -124,7 +127,7 @@ class Sequences:
 
         Returns the logits of the last ``keep`` positions, in at least float32, and the model's whole output.
         """
-        self._warn_beyond_training()
+        self._warned = self._warned or warn_beyond_training(self._offset + self.length, self.model.config)
         hidden_states = hidden_states or self.config.output_hidden_states
         # Products round by shape: eager gives those of transformers, which projects every position.
         computed = 0 if self.backend == "eager" else keep
@@ -228,12 +231,6 @@ class Sequences:
             "output_attentions": self.config.output_attentions,
             "output_hidden_states": hidden_states,
         }
-
-    def _warn_beyond_training(self) -> None:
-        limit = self.model.config.max_position_embeddings
-        if self._offset + self.length > limit and not self._warned:
-            self._warned = True
-            warn(f"a sequence of more than {limit} tokens (max_position_embeddings): the model was not trained for it")
 
 
 def prepare_inputs_for_generation(

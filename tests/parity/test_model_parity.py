@@ -29,6 +29,7 @@ from openllama.checkpoint import hf_to_native
 from openllama.config import ACTIVATIONS
 from openllama.errors import ConfigError
 from openllama.masks import Mask
+from openllama.model import SharedHead
 from tests.draw import examples
 from tests.oracle import compared, transformers
 from tests.parity import draws
@@ -105,9 +106,8 @@ def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor], hf: Any) ->
 
 def with_einsum_head(model: Any) -> Any:
     """Our model with HF's arithmetic in a shared head."""
-    if model.lm_head is None:
-        table = model.model.embedding.tokens.weight
-        model.project = lambda hidden: torch.einsum("blh,vh->blv", hidden, table)
+    if isinstance(model.lm_head, SharedHead):
+        model.lm_head.forward = lambda hidden: torch.einsum("blh,vh->blv", hidden, model.lm_head.weight)
     return model
 
 
