@@ -31,6 +31,7 @@ from openllama.errors import (
     InputError,
     KeyMismatchError,
     listed,
+    warn,
 )
 from openllama.tokenizer.files import ALL_FILES as TOKENIZER_FILES
 
@@ -48,6 +49,7 @@ WORDS = {  # the parts of their names that differ
     "self_attn": "attention",
     "post_attention_layernorm": "mlp_norm",
 }
+TABLE: dict[Layout, str] = {"hf": "embed_tokens.", "native": "embedding.tokens."}
 LISTS = ("target_modules", "modules_to_save", "exclude_modules", "feedforward_modules")  # fields of modules' names
 PATTERNS = ("rank_pattern", "alpha_pattern")  # fields that map modules' names to numbers
 
@@ -88,6 +90,11 @@ def convert_adapter(
         name: tensor.to(dtype).clone(memory_format=torch.contiguous_format)
         for name, tensor in rename_adapter(open_file(file), layout).items()
     }  # small enough for memory
+    if any(TABLE[to] in name for name in tensors):
+        warn(
+            "an adapter of the embedding table changes the input alone with transformers, until it is merged; here it "
+            "changes the logits, too, where the model shares the table"
+        )
     if dtype == torch.float16 and (large := [name for name, tensor in tensors.items() if tensor.isinf().any()]):
         raise CorruptCheckpointError(f"{listed(large)}: numbers too large for float16 (above 65504); use bfloat16")
     with finished_folder(dst, (ADAPTER_CONFIG, *ADAPTER_FILES, *TOKENIZER_FILES)) as folder:

@@ -26,7 +26,7 @@ peft = pytest.importorskip("peft", reason="peft is not installed; it is part of 
 CONFIG = tiny_config(hidden_dropout_prob=0.0, attention_dropout_prob=0.0, use_memory_efficient_attention=False)
 TARGETS = [
     ["q_proj", "v_proj"],
-    ["self_attn.k_proj", "self_attn.o_proj", "mlp.down_proj", "embed_tokens"],
+    ["self_attn.k_proj", "self_attn.o_proj", "mlp.down_proj"],
     r".*layers\.1\.(self_attn|mlp)\.[a-z]+_proj",
 ]
 
@@ -69,6 +69,21 @@ def test_an_adapter_gives_hf_s_numbers_on_our_model_and_returns_unchanged(tmp_pa
     if isinstance(targets, list):
         assert sorted(back.pop(matched)) == sorted(before.pop(matched))
     assert back == before
+
+
+def test_an_adapter_of_the_shared_table_gives_the_numbers_that_hf_s_gives_once_it_is_merged(tmp_path: Path) -> None:
+    """Unmerged, transformers applies it to the input alone."""
+    hf = hf_model(CONFIG, seed=1)
+    ours = our_twin(hf, CONFIG)
+    adapted = trained(hf, target_modules=["embed_tokens"], task_type="CAUSAL_LM")
+    adapted.save_pretrained(tmp_path / "hf")
+    with pytest.warns(UserWarning, match="adapter of the embedding table .* the logits"):
+        convert_adapter(tmp_path / "hf", tmp_path / "native")
+    attached = peft.PeftModel.from_pretrained(ours, tmp_path / "native").eval()
+    unmerged, merged = logits(adapted), logits(adapted.merge_and_unload())
+    torch.testing.assert_close(logits(attached), merged)
+    assert not torch.allclose(merged, unmerged, atol=1e-2)
+    torch.testing.assert_close(logits(attached.merge_and_unload()), merged)
 
 
 def test_an_adapter_of_ours_gives_our_numbers_on_hf_s_classifier(tmp_path: Path) -> None:
