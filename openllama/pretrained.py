@@ -49,7 +49,7 @@ class PretrainedModel(nn.Module):
 
     @property
     def config(self) -> OpenLlamaConfig:
-        """The architecture; frozen, but may be replaced as a whole, which reaches the decoder too."""
+        """The architecture; head and decoder share it. Shapes are fixed, but it may be replaced as a whole."""
         return self._config
 
     @config.setter

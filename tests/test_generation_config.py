@@ -110,12 +110,20 @@ def test_numbers_of_numpy_become_pythons():
     )
 
 
-def test_assigning_to_a_setting_says_how_to_change_it(model):
-    with pytest.raises(dataclasses.FrozenInstanceError) as caught:
-        model.generation_config.max_length = 50
-    assert "model.generation_config = dataclasses.replace(model.generation_config, max_length=50)" in str(caught.value)
-    assert model.generation_config.max_length == 20
-    assert model.generation_config.replace(max_length=50).max_length == 50
+def test_a_setting_can_be_assigned_and_is_checked(model):
+    """``model.generation_config.max_length = 50``, as code for transformers has it."""
+    config = GenerationConfig()
+    config.max_length = 50
+    config.eos_token_id = (np.int64(2), 3)
+    assert config == GenerationConfig(max_length=50, eos_token_id=[2, 3])
+    with pytest.raises(InputError, match=r"temperature must be a number in .* got 0"):
+        config.temperature = 0
+    with pytest.raises(dataclasses.FrozenInstanceError, match="no field temprature"):
+        config.temprature = 1.0
+    assert config == GenerationConfig(max_length=50, eos_token_id=[2, 3])
+    own = make_model()
+    own.generation_config.max_new_tokens = 4
+    assert torch.equal(own.generate(ONE), model.generate(ONE, max_new_tokens=4))
 
 
 def test_every_setting_has_a_rule_that_its_default_passes():
