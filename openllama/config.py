@@ -350,6 +350,18 @@ class OpenLlamaConfig(Settings):
         return self.return_dict
 
     @property
+    def id2label(self) -> dict[int, str]:
+        """Names of the classes: those of config.json if it has as many, else LABEL_0, LABEL_1, ..."""
+        names = self.to_dict().get("id2label") or [f"LABEL_{number}" for number in range(self.num_labels)]
+        return {
+            int(number): name for number, name in (names.items() if isinstance(names, Mapping) else enumerate(names))
+        }
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        return {name: number for number, name in self.id2label.items()}
+
+    @property
     def name_or_path(self) -> str:
         """Where the model came from, if its config.json says so."""
         return str(self.extra.get("_name_or_path", ""))

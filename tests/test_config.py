@@ -115,6 +115,16 @@ def test_names_of_other_labels_than_there_are_now_are_not_written() -> None:
     assert not {"id2label", "label2id"} & set(config.to_dict())
 
 
+def test_labels_have_names_by_number_as_in_hf() -> None:
+    config = OpenLlamaConfig.from_dict({"id2label": {"0": "bad", "1": "good", "2": "odd"}})
+    assert config.id2label == {0: "bad", 1: "good", 2: "odd"}
+    assert config.label2id == {"bad": 0, "good": 1, "odd": 2}
+    assert OpenLlamaConfig.from_dict({"id2label": ["no", "yes"]}).id2label == {0: "no", 1: "yes"}
+    assert dataclasses.replace(config, num_labels=2).id2label == {0: "LABEL_0", 1: "LABEL_1"}
+    config.id2label = {0: "a", 1: "b", 2: "c"}
+    assert OpenLlamaConfig.from_dict(config.to_dict()).id2label == config.id2label == {0: "a", 1: "b", 2: "c"}
+
+
 @pytest.mark.parametrize(
     ("pad_token_id", "row"), [(None, None), (0, 0), (22, 22), (-1, 22), (-23, 0)]
 )  # of a vocabulary of 23
