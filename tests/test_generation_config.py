@@ -193,6 +193,28 @@ def test_a_file_of_another_shape_is_refused_with_its_path(tmp_path, text):
         GenerationConfig.from_pretrained(tmp_path)
 
 
+class Unset:
+    """As a GenerationConfig of transformers 5: what is not set is None, and stands for the model's own."""
+
+    def __init__(self, **given):
+        self.given = given
+
+    def to_dict(self):
+        names = ("max_length", "max_new_tokens", "eos_token_id", "pad_token_id", "top_k", "top_h", "use_cache")
+        return {**dict.fromkeys(names), **self.given, "transformers_version": "5.24.0", "_from_model_config": False}
+
+
+def test_what_transformers_5_leaves_unset_is_the_model_s_own():
+    model = make_model()
+    model.generation_config = own = GenerationConfig(top_k=7, eos_token_id=3, max_length=9)
+    model.generation_config = Unset(max_new_tokens=4)
+    assert model.generation_config == own.replace(max_new_tokens=4)
+    expected = model.generate(ONE, max_new_tokens=5)
+    assert torch.equal(model.generate(ONE, generation_config=Unset(max_new_tokens=5)), expected)
+    with pytest.raises(InputError, match=r"generate does not take top_h=0\.5"):
+        model.generate(ONE, generation_config=Unset(top_h=0.5))
+
+
 def test_null_in_a_file_is_the_default_where_it_is_no_value():
     config = GenerationConfig.from_dict({"do_sample": None, "max_length": None, "top_k": None})
     assert (config.do_sample, config.max_length, config.top_k) == (False, 20, None)

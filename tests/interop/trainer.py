@@ -128,9 +128,19 @@ def adapters(folder: Path) -> Iterator[tuple[str, bool]]:
         yield f"peft: {name}, {task}", good
 
 
+def generates(folder: Path) -> Iterator[tuple[str, bool]]:
+    model, ids = make(LM).eval(), torch.tensor([[5, 9, 13]])
+    config = transformers.GenerationConfig(max_new_tokens=6, num_beams=3)
+    expected = model.generate(ids, max_new_tokens=6, num_beams=3)
+    yield (
+        "generate: transformers' GenerationConfig",
+        torch.equal(model.generate(inputs=ids, generation_config=config), expected),
+    )
+
+
 def main(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for part in (trains_as_its_own, resumes_and_opens, other_settings, adapters):
+    for part in (trains_as_its_own, resumes_and_opens, other_settings, generates, adapters):
         try:
             found |= dict(part(folder))
         except Exception as error:
