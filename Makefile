@@ -19,7 +19,7 @@ help:
 	@echo "make processors  the comparison as older processors would compute it, with one and two threads"
 	@echo "make kills       kill conversions at 240 random moments and at every rename (COUNT=1000 for more moments)"
 	@echo "make fuzz        change checkpoints at random for an hour and read them (MINUTES=5 for less)"
-	@echo "make interop     the same model in transformers 4.31.0, in current transformers and in llama.cpp"
+	@echo "make interop     the same model in transformers 4.31.0, in current transformers and in llama.cpp; Trainer and peft"
 	@echo "make package     build the wheel, install it in an empty environment and use it there"
 	@echo "make record      write tests/golden.safetensors again, confirmed by transformers 4.31.0"
 	@echo "make clean       remove .venv, .venv-interop and what make demo wrote"

@@ -11,6 +11,7 @@ attention   one formula, three ways to compute it
 model       the whole model, from token ids to logits; what follows serves it
 checks      what a call may be given
 outputs     what a call returns
+dropin      arguments of transformers that there are not, and what to do instead
 losses      what training minimises
 recompute   training in less memory
 surgery     vocabularies of another size

@@ -224,7 +224,7 @@ def as_cache(
     dtype: torch.dtype,
     device: torch.device | None = None,
 ) -> Cache:
-    """A cache from what a caller passed: one of ours, HF's tuple of pairs, or nothing.
+    """A cache from what a caller passed: one of ours or of HF, a tuple of pairs or of prefix tuning, or nothing.
 
     Raises ``InputError`` where layers, batch, heads, head size, dtype or device do not fit the model.
     """
@@ -232,7 +232,10 @@ def as_cache(
         return GrowingCache(())  # torch.compile cannot build it without an argument
     if not isinstance(past, (PreallocatedCache, Iterable)):
         raise InputError(f"past_key_values must be a cache or a tuple of (key, value) pairs, got {type(past).__name__}")
-    cache = past if isinstance(past, (GrowingCache, PreallocatedCache)) else GrowingCache(past)
+    if isinstance(past, (GrowingCache, PreallocatedCache)):
+        cache: Cache = past
+    else:
+        cache = GrowingCache([_key_and_value(layer) for layer in past])
     if len(cache) not in (0, config.num_hidden_layers):
         raise InputError(f"past_key_values has {len(cache)} layers, the model {config.num_hidden_layers}")
     for layer, pair in enumerate(cache):
@@ -254,6 +257,13 @@ def as_cache(
             if device is not None and part.device != device:
                 raise InputError(f"past_key_values of layer {layer} are on {part.device}, the input on {device}")
     return cache
+
+
+def _key_and_value(layer: Any) -> Any:
+    """The pair in what prefix tuning gives for a layer, (2, B, H, S, D), or an iterated cache of transformers 5."""
+    if isinstance(layer, Tensor) and layer.ndim == 5:
+        return tuple(layer)
+    return layer[:2] if isinstance(layer, tuple) and len(layer) == 3 and layer[2] is None else layer
 
 
 def _shapes(pair: object) -> str:

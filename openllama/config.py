@@ -17,7 +17,7 @@ from difflib import get_close_matches
 from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,12 @@ MAX_SIZE = 2**28  # of a dimension; the bytes of a matrix are then a number that
 
 
 def setting(default: T, rule: Rule) -> T:
-    """A field of a ``Settings`` class: ``default``, or what ``rule`` lets pass."""
+    """A field of a ``Settings`` class: ``default``, or what ``rule`` lets pass, then and when it is assigned later."""
+    return field(default=default, metadata={"rule": rule, "assignable": True})
+
+
+def fixed(default: T, rule: Rule) -> T:
+    """A ``setting`` that cannot be assigned, because modules were built from it."""
     return field(default=default, metadata={"rule": rule})
 
 
@@ -108,7 +113,7 @@ def id_or_ids(value: Any) -> int | list[int]:
 
 @dataclass(kw_only=True)
 class Settings:
-    """Base of the configurations: fields that are checked by their rules and then stay as they are."""
+    """Base of the configurations: fields that are checked by their rules, when they are given and when assigned."""
 
     refusal: ClassVar[type[OpenLlamaError]]  # the error for a value that its rule does not let pass
     held_by: ClassVar[str]  # for the error of an assignment: where the configuration is kept,
@@ -123,17 +128,23 @@ class Settings:
                 raise self.refusal(f"{f.name} must be {error}, got {value!r}") from error
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in self.field_names():
+        known = {f.name: f.metadata for f in dataclasses.fields(self)}
+        if name in (extra := self.__dict__.get("extra", {})):
+            extra[name] = value
+            return
+        if name not in known:
             raise dataclasses.FrozenInstanceError(f"{type(self).__name__} has no field {name}, and none can be added")
         if name in self.__dict__:
-            raise dataclasses.FrozenInstanceError(
-                f"a config does not change; set {self.held_by} = "
-                f"dataclasses.replace({self.held_by}, {name}={value!r}), or pass {name} to {self.taken_by}"
-            )
+            if "assignable" not in known[name]:
+                raise dataclasses.FrozenInstanceError(
+                    f"{name} of a config does not change; set {self.held_by} = "
+                    f"dataclasses.replace({self.held_by}, {name}={value!r}), or pass {name} to {self.taken_by}"
+                )
+            value = getattr(dataclasses.replace(self, **{name: value}), name)  # checked beside the other fields
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
-        raise dataclasses.FrozenInstanceError(f"a config does not change; {name} cannot be deleted")
+        raise dataclasses.FrozenInstanceError(f"{name} cannot be deleted from a config")
 
     @classmethod
     def field_names(cls) -> list[str]:
@@ -217,10 +228,14 @@ def _depth(values: Any, limit: int) -> int:
     return depth
 
 
+def to_json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write ``values`` to ``path``, making its folder where needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(to_json(values), encoding="utf-8")
 
 
 # ---- the model
@@ -262,37 +277,41 @@ def _rope_scaling(value: Any) -> dict[str, Any]:
 class OpenLlamaConfig(Settings):
     """Architecture of an Open-Llama model; names and defaults are those of transformers 4.31.0.
 
-    ``dataclasses.replace(config, hidden_size=64)`` gives a changed copy; assigning to a field raises. An impossible
-    combination raises ``ConfigError``. Device, dtype and attention backend are arguments of the
-    model, not part of its configuration.
+    ``dataclasses.replace(config, hidden_size=64)`` gives a changed copy. What a call looks up can be assigned
+    (``config.use_cache = False``); what modules were built from cannot. An impossible value or combination raises
+    ``ConfigError``. Device, dtype and attention backend are arguments of the model, not part of its configuration.
+    Other keys of a config.json are in ``extra``, and can be read as attributes.
     """
 
     refusal: ClassVar[type[OpenLlamaError]] = ConfigError
     held_by: ClassVar[str] = "model.config"
     taken_by: ClassVar[str] = "from_pretrained"
     model_type: ClassVar[str] = MODEL_TYPE  # adapters look for it
+    is_encoder_decoder: ClassVar[bool] = False  # and trainers for this
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]  # trainers do not gather it as a prediction
 
-    vocab_size: int = setting(100000, size)  # V: rows of the embedding table; may exceed the tokenizer's pieces
-    hidden_size: int = setting(4096, size)  # C: width of the residual stream
-    intermediate_size: int = setting(11008, size)  # width inside the MLP
-    num_hidden_layers: int = setting(32, integer(1, most=MAX_LAYERS))
-    num_attention_heads: int = setting(32, size)  # H: each of hidden_size / H dimensions
-    hidden_act: str = setting("silu", one_of(*ACTIVATIONS))  # gate activation of the MLP
-    max_position_embeddings: int = setting(2048, integer(1))  # trained context; dynamic NTK scaling starts beyond it
-    initializer_range: float = setting(0.02, number("[0, inf)"))  # standard deviation of freshly drawn weights
-    rms_norm_eps: float = setting(1e-6, number("[0, inf)"))  # of the RMSNorms; the embedding LayerNorm uses 1e-5
+    vocab_size: int = fixed(100000, size)  # V: rows of the embedding table; may exceed the tokenizer's pieces
+    hidden_size: int = fixed(4096, size)  # C: width of the residual stream
+    intermediate_size: int = fixed(11008, size)  # width inside the MLP
+    num_hidden_layers: int = fixed(32, integer(1, most=MAX_LAYERS))
+    num_attention_heads: int = fixed(32, size)  # H: each of hidden_size / H dimensions
+    hidden_act: str = fixed("silu", one_of(*ACTIVATIONS))  # gate activation of the MLP
+    max_position_embeddings: int = fixed(2048, integer(1))  # trained context; dynamic NTK scaling starts beyond it
+    initializer_range: float = fixed(0.02, number("[0, inf)"))  # standard deviation of freshly drawn weights
+    rms_norm_eps: float = fixed(1e-6, number("[0, inf)"))  # of the RMSNorms; the embedding LayerNorm uses 1e-5
     use_cache: bool = setting(True, boolean)  # return keys and values unless a call says otherwise
-    pad_token_id: int | None = setting(0, optional(integer()))  # its embedding row starts at zero, gets no gradient
+    # its embedding row starts at zero and gets no gradient; assigned later, it only says which tokens are padding
+    pad_token_id: int | None = setting(0, optional(integer()))
     bos_token_id: int | None = setting(1, optional(integer()))
     eos_token_id: int | list[int] | None = setting(2, optional(id_or_ids))  # one id, or several that each end a text
-    tie_word_embeddings: bool = setting(False, boolean)  # lm_head, where there is one, is the embedding table
-    use_memory_efficient_attention: bool = setting(True, boolean)  # default backend: sdpa, or eager when off
-    hidden_dropout_prob: float = setting(0.1, number("[0, 1]"))  # on the output of each MLP, in training
-    attention_dropout_prob: float = setting(0.1, number("[0, 1]"))  # on the attention weights, in training
-    use_stable_embedding: bool = setting(True, boolean)  # LayerNorm after the embedding lookup
-    shared_input_output_embedding: bool = setting(True, boolean)  # no lm_head: logits come from the embedding table
-    rope_scaling: dict[str, Any] | None = setting(None, optional(_rope_scaling))  # type and factor
-    num_labels: int = setting(2, size)  # classes of the sequence classifier
+    tie_word_embeddings: bool = fixed(False, boolean)  # lm_head, where there is one, is the embedding table
+    use_memory_efficient_attention: bool = fixed(True, boolean)  # default backend: sdpa, or eager when off
+    hidden_dropout_prob: float = fixed(0.1, number("[0, 1]"))  # on the output of each MLP, in training
+    attention_dropout_prob: float = fixed(0.1, number("[0, 1]"))  # on the attention weights, in training
+    use_stable_embedding: bool = fixed(True, boolean)  # LayerNorm after the embedding lookup
+    shared_input_output_embedding: bool = fixed(True, boolean)  # no lm_head: logits come from the embedding table
+    rope_scaling: dict[str, Any] | None = fixed(None, optional(_rope_scaling))  # type and factor
+    num_labels: int = fixed(2, size)  # classes of the sequence classifier
     problem_type: str | None = setting(None, optional(one_of(*PROBLEM_TYPES)))  # None: inferred from the labels
     output_attentions: bool = setting(False, boolean)  # these three are defaults of a forward call
     output_hidden_states: bool = setting(False, boolean)
@@ -329,6 +348,43 @@ class OpenLlamaConfig(Settings):
     def use_return_dict(self) -> bool:
         """``return_dict`` by the name that peft's classifiers ask for."""
         return self.return_dict
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Names of the classes: those of config.json if it has as many, else LABEL_0, LABEL_1, ..."""
+        names = self.to_dict().get("id2label") or [f"LABEL_{number}" for number in range(self.num_labels)]
+        return {
+            int(number): name for number, name in (names.items() if isinstance(names, Mapping) else enumerate(names))
+        }
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        return {name: number for number, name in self.id2label.items()}
+
+    @property
+    def name_or_path(self) -> str:
+        """Where the model came from, if its config.json says so."""
+        return str(self.extra.get("_name_or_path", ""))
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> OpenLlamaConfig:
+        """This configuration, as there is only text."""
+        return self
+
+    if not TYPE_CHECKING:  # type checkers shall find misspelt fields
+
+        def __getattr__(self, name: str) -> Any:
+            extra = self.__dict__.get("extra", {})
+            if name in extra and not name.startswith("__"):
+                return extra[name]
+            raise AttributeError(f"{type(self).__name__} has no {name}, and neither has its extra")
+
+    def __contains__(self, key: str) -> bool:
+        """Whether it is a key of ``to_dict``."""
+        return key in self.to_dict()
+
+    def to_json_string(self) -> str:
+        """The text of config.json."""
+        return to_json(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as config.json holds it: unknown keys beside the fields, ``model_type`` among them."""

@@ -22,6 +22,7 @@ from openllama.config import OpenLlamaConfig
 from openllama.errors import BackendError, InputError, warn
 from openllama.generation import GenerateOutput, GenerationConfig
 from openllama.generation.outputs import Streamer
+from openllama.generation.scoring import compute_transition_scores
 from openllama.generation.state import prepare_inputs_for_generation
 from openllama.losses import causal_lm_loss, chunked_causal_lm_loss, classification_loss
 from openllama.model import CausalLM, Decoder, Inputs, SharedHead, init_weights
@@ -277,6 +278,7 @@ class OpenLlamaForCausalLM(PretrainedModel, CausalLM):
         return generation.stream(self, input_ids, **arguments)
 
     prepare_inputs_for_generation = prepare_inputs_for_generation  # a method, which adapters replace
+    compute_transition_scores = compute_transition_scores
 
     def _check_labels(self, tokens: Tensor, labels: Tensor | None, logits_to_keep: int) -> None:
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:

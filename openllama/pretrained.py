@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,32 +25,43 @@ from openllama.checkpoint.names import (
     Weights,
     floating_dtype,
     select,
+    unwrap,
     without_numbers,
 )
-from openllama.checkpoint.reader import aligned, open_checkpoint
+from openllama.checkpoint.reader import Checkpoint, aligned, open_checkpoint
 from openllama.checkpoint.writer import OURS, write_weights
 from openllama.config import OpenLlamaConfig
-from openllama.errors import InputError, warn
-from openllama.generation.config import GENERATION_CONFIG_FILE, GenerationConfig
+from openllama.dropin import LOADING, SAVING, without_neutral
+from openllama.errors import CheckpointNotFoundError, InputError, listed, warn
+from openllama.generation.config import GENERATION_CONFIG_FILE, GenerationConfig, adopt
 from openllama.model import Inputs, StableEmbedding
 from openllama.surgery import check_resizable, check_special_ids, own_head, resize_vocabulary
 
 Model = TypeVar("Model", bound="PretrainedModel")
+Device: TypeAlias = torch.device | str | int
+DeviceMap: TypeAlias = Device | Mapping[str, Device]  # a mapping of names of modules, as transformers has it
+SAVERS = ("torch", "accelerate")  # packages whose ``save`` writes what it is given
 
 
 class PretrainedModel(nn.Module):
     """Base of the decoder and of the heads on it; heads keep the decoder in ``self.model``."""
 
-    generation_config: GenerationConfig  # of models that generate
+    config_class: ClassVar[type[OpenLlamaConfig]] = OpenLlamaConfig  # these four are what trainers look for
+    base_model_prefix: ClassVar[str] = "model"
+    main_input_name: ClassVar[str] = "input_ids"
+    supports_gradient_checkpointing: ClassVar[bool] = True
+
     embedding: StableEmbedding  # this and the next three of the decoder
     gradient_checkpointing: bool
     checkpoint_arguments: dict[str, Any]
     _attn_implementation: str
+    _generation_config: GenerationConfig
     _require_grads: RemovableHandle | None = None
+    name_or_path: str  # where ``from_pretrained`` found the model
 
     @property
     def config(self) -> OpenLlamaConfig:
-        """The architecture; frozen, but may be replaced as a whole, which reaches the decoder too."""
+        """The architecture; head and decoder share it. Shapes are fixed, but it may be replaced as a whole."""
         return self._config
 
     @config.setter
@@ -57,6 +69,15 @@ class PretrainedModel(nn.Module):
         self._config = config
         if self.base_model is not self:
             self.base_model.config = config
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The settings of ``generate``, of models that have it; one of transformers may be assigned."""
+        return self._generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: Any) -> None:
+        self._generation_config = adopt(config, self.__dict__.get("_generation_config", GenerationConfig()))
 
     @property
     def base_model(self) -> PretrainedModel:
@@ -100,6 +121,20 @@ class PretrainedModel(nn.Module):
         """
         self.base_model.gradient_checkpointing = True
         self.base_model.checkpoint_arguments = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """``gradient_checkpointing_enable`` by the name that transformers gave it in 5.23; for its ``Trainer``."""
+        if every_n_layers != 1 or offload:
+            raise InputError(
+                f"every layer is computed again and nothing is offloaded, got every_n_layers={every_n_layers} and "
+                f"offload={offload}; openllama.recompute.keep_products keeps what is expensive to compute"
+            )
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
         self.base_model.gradient_checkpointing = False
@@ -174,35 +209,45 @@ class PretrainedModel(nn.Module):
         cls: type[Model],
         folder: str | PathLike[str],
         dtype: torch.dtype | str | None = None,
-        device: torch.device | str | int | None = None,
+        device: Device | None = None,
         attn_implementation: str | None = None,
         *,
         torch_dtype: torch.dtype | str | None = None,
+        device_map: DeviceMap | None = None,
+        use_safetensors: bool | None = None,
         config: OpenLlamaConfig | str | PathLike[str] | None = None,
         **config_overrides: Any,
     ) -> Model:
         """The model stored in ``folder`` (or a file of weights), HF or native, in eval mode.
 
-        ``dtype`` (alias ``torch_dtype``): None keeps the files' own. Unless cast, moved or aligned (see
+        ``dtype`` (alias ``torch_dtype``): None and "auto" keep the files' own. Unless cast, moved or aligned (see
         ``checkpoint.reader.aligned``), weights are pages of the files, read when used; training changes
-        private copies, never the files.
-        ``config_overrides`` replace fields of config.json, ``config`` all of it.
+        private copies, never the files. ``device``: None is torch's default; on "meta" no number is read.
+        ``device_map``: another way to name the device, "auto" for the accelerator if there is one.
+        ``use_safetensors``: True refuses pickles. ``config_overrides`` replace fields of config.json, ``config`` all
+        of it. Other arguments of transformers are accepted where they ask for nothing (see ``dropin.LOADING``).
 
         A folder of another head serves too: what is left over is warned of, and so is the one weight
-        that may be new, a classifier's ``score``. Raises ``CheckpointError`` or ``ConfigError``.
+        that may be new, a classifier's ``score``. Raises ``CheckpointError``, ``ConfigError`` or ``InputError``.
         """
+        if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
+            raise InputError(f"dtype {dtype} and torch_dtype {torch_dtype} are two names of one argument; give one")
         dtype = floating_dtype(torch_dtype if dtype is None else dtype)
-        device = torch.get_default_device() if device is None else torch.device(device)
-        checkpoint = open_checkpoint(folder, config, **config_overrides)
-        with without_numbers():
-            model = cls(checkpoint.config)
-        model.set_attn_implementation(attn_implementation)
-        weights = select(checkpoint.tensors, checkpoint.config, model._head)
+        device = _one_device(device, device_map)
+        config_overrides = without_neutral("from_pretrained", config_overrides, LOADING)
+        with torch.device("cpu"):  # files are read there, whatever torch's default device is
+            checkpoint = open_checkpoint(folder, config, **config_overrides)
+            _check_format(checkpoint, use_safetensors)
+            with without_numbers():
+                model = cls(checkpoint.config)
+            model.set_attn_implementation(attn_implementation)
+            weights = select(checkpoint.tensors, checkpoint.config, model._head)
         model.load_state_dict(model._state(weights, dtype or weights.dtype, device), strict=True, assign=True)
         model.tie_weights()
         model.set_attn_implementation(attn_implementation)  # again, now that the device is known
         if hasattr(model, "generation_config") and (checkpoint.folder / GENERATION_CONFIG_FILE).is_file():
             model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+        model.name_or_path = str(folder)  # adapters keep it
         return model.eval()
 
     def save_pretrained(
@@ -212,17 +257,31 @@ class PretrainedModel(nn.Module):
         overwrite: bool = True,
         *,
         layout: str = "native",
+        state_dict: Mapping[str, Tensor] | None = None,
+        is_main_process: bool = True,
+        save_function: Callable[..., Any] | None = None,
+        **others: Any,
     ) -> None:
         """Write the model to ``folder``, as safetensors in files of at most ``max_shard_size``.
 
         ``layout``: "native", "hf" (what transformers 4.31.0 reads) or "llama" (a plain LLaMA), as in
         ``checkpoint.convert``; the tokenizer is not written. A model that is there is replaced once this one
-        is whole, other files stay. Raises ``KeyMismatchError`` if the weights are no longer those of the config,
-        ``ConfigError`` if a plain LLaMA computes something else, ``DestinationExistsError``, or ``OSError``
-        when the disk is full.
+        is whole, other files stay. ``state_dict``: weights to write in place of the model's own, such as those that
+        were gathered from several devices; names may have the prefixes of wrappers (``checkpoint.names.WRAPPERS``).
+        Only where ``is_main_process`` is a file written. ``save_function``: torch's or accelerate's ``save``; files
+        are written by this package all the same.
+
+        Raises ``KeyMismatchError`` if the weights are not those of the config,
+        ``ConfigError`` if a plain LLaMA computes something else, ``InputError`` for arguments of transformers that
+        cannot be honoured (``dropin.SAVING``), ``DestinationExistsError``, or ``OSError`` when the disk is full.
         """
+        if unknown := without_neutral("save_pretrained", others, SAVING):
+            raise InputError(f"save_pretrained does not know {listed(sorted(unknown))}")
+        _check_save_function(save_function)
+        if not (is_main_process and getattr(getattr(save_function, "__self__", None), "is_main_process", True)):
+            return
         check_destination(Path(folder), overwrite)
-        weights = select(self.state_dict(), self.config, self._head)
+        weights = select(self.state_dict() if state_dict is None else unwrap(state_dict), self.config, self._head)
         exported = export(layout, weights, self.config)
         with finished_folder(Path(folder), OURS) as unfinished:
             exported.write_files(unfinished)
@@ -258,6 +317,39 @@ class PretrainedModel(nn.Module):
             shape = (self.config.num_labels, self.config.hidden_size)
             state[SCORE] = torch.empty(shape, dtype=dtype, device=device).normal_(std=self.config.initializer_range)
         return state if self.base_model is not self else {k.removeprefix(PREFIX): t for k, t in state.items()}
+
+
+def _one_device(device: Device | None, device_map: DeviceMap | None) -> torch.device:
+    """The device that two arguments name; raises ``InputError`` where they name several."""
+    if device_map is None:
+        return torch.get_default_device() if device is None else torch.device(device)
+    if device is not None:
+        raise InputError(f"give device {device} or device_map {device_map}, not both")
+    places = list(device_map.values()) if isinstance(device_map, Mapping) else [device_map]
+    if len(set(map(str, places))) != 1 or "disk" in places:
+        raise InputError(f"device_map {device_map} is not one device; a model is loaded onto one, such as 'cuda:0'")
+    if places[0] in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return torch.device(places[0])
+
+
+def _check_format(checkpoint: Checkpoint, use_safetensors: bool | None) -> None:
+    """Raise unless the checkpoint is of the format that was asked for, if one was."""
+    if use_safetensors and checkpoint.format != "safetensors":
+        raise CheckpointNotFoundError(
+            f"{checkpoint.path} has no safetensors, but use_safetensors=True; `openllama convert` writes them"
+        )
+    if use_safetensors is False and checkpoint.format == "safetensors":
+        raise InputError("use_safetensors=False, but safetensors are read first; give the path of the file of weights")
+
+
+def _check_save_function(function: Callable[..., Any] | None) -> None:
+    """Raise ``InputError`` for a function that would write other files than ``torch.save``."""
+    if function is not None and (getattr(function, "__module__", None) or "").partition(".")[0] not in SAVERS:
+        raise InputError(
+            f"save_function {function!r} cannot be used: files are written and compared by this package; "
+            "model.state_dict() has the weights for a function of your own"
+        )
 
 
 def _require_grad(module: nn.Module, arguments: Any, output: Tensor) -> None:

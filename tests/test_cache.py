@@ -248,7 +248,8 @@ def test_nothing_a_tuple_a_list_and_both_caches_are_accepted() -> None:
     [
         (pairs(4, layers=3), ("3 layers", "model 2")),
         (pairs(4, batch=3), ("layer 0", "(3, 2, 4, 12)", "(2, 2, 4, 12)")),
-        (torch.zeros(2, 2, 2, 2, 4, 12), ("layer 0", "two tensors", "a Tensor")),
+        (torch.zeros(2, 2, 2, 4, 12), ("layer 0", "two tensors", "a Tensor")),
+        (torch.zeros(2, 3, 2, 2, 4, 12), ("layer 0", "two tensors", "3: (2, 2, 4, 12), (2, 2, 4, 12), (2, 2, 4, 12)")),
         ([(*pair, 0) for pair in pairs(4)], ("layer 0", "two tensors", "3: (2, 2, 4, 12), (2, 2, 4, 12), int")),
         ([(None, None)] * 2, ("layer 0", "two tensors", "2: NoneType, NoneType")),
         ([(key[0], value[0]) for key, value in pairs(4)], ("4 dimensions", "(2, 4, 12)")),
@@ -273,3 +274,17 @@ def test_a_preallocated_cache_lives_where_it_is_told() -> None:
     assert place.max_length == 5
     assert place[0][0].dtype == torch.bfloat16
     assert place[0][0].device.type == "meta"
+
+
+@pytest.mark.parametrize("form", [
+    lambda pair: torch.stack(pair),  # as prefix tuning has it
+    lambda pair: (*pair, None),  # as a cache of transformers 5 is iterated
+    list,
+])  # fmt: skip
+def test_a_past_in_another_form_is_the_same_past(form: Any) -> None:
+    model, ids = tiny_model(), tiny_ids(2, 6)
+    past = model(ids[:, :4]).past_key_values
+    given = tuple(form(pair) for pair in past)
+    assert torch.equal(model(ids[:, 4:], past_key_values=given).logits, model(ids[:, 4:], past_key_values=past).logits)
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3}
+    assert torch.equal(model.generate(ids, past_key_values=given, **settings), model.generate(ids, **settings))

@@ -19,7 +19,7 @@ from openllama.config import ACTIVATIONS
 from openllama.errors import CheckpointNotFoundError, ConfigError
 from tests.draw import examples
 from tests.parity.draws import configs
-from tests.tiny import tiny_config
+from tests.tiny import tiny_config, tiny_ids, tiny_model
 
 LLAMA = {
     "model_type": "llama",
@@ -113,6 +113,16 @@ def test_names_of_other_labels_than_there_are_now_are_not_written() -> None:
     assert config.num_labels == 5
     assert OpenLlamaConfig.from_dict(config.to_dict()).num_labels == 5
     assert not {"id2label", "label2id"} & set(config.to_dict())
+
+
+def test_labels_have_names_by_number_as_in_hf() -> None:
+    config = OpenLlamaConfig.from_dict({"id2label": {"0": "bad", "1": "good", "2": "odd"}})
+    assert config.id2label == {0: "bad", 1: "good", 2: "odd"}
+    assert config.label2id == {"bad": 0, "good": 1, "odd": 2}
+    assert OpenLlamaConfig.from_dict({"id2label": ["no", "yes"]}).id2label == {0: "no", 1: "yes"}
+    assert dataclasses.replace(config, num_labels=2).id2label == {0: "LABEL_0", 1: "LABEL_1"}
+    config.id2label = {0: "a", 1: "b", 2: "c"}
+    assert OpenLlamaConfig.from_dict(config.to_dict()).id2label == config.id2label == {0: "a", 1: "b", 2: "c"}
 
 
 @pytest.mark.parametrize(
@@ -209,6 +219,57 @@ def test_assigning_says_how_to_do_it_right(name: str) -> None:
         setattr(config, name, 64)
     assert f"dataclasses.replace(model.config, {name}=64)" in str(caught.value)
     assert config == tiny_config()
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("use_cache", False), ("output_attentions", True), ("output_hidden_states", True), ("return_dict", False),
+    ("pad_token_id", 3), ("bos_token_id", None), ("eos_token_id", [2, 5]), ("problem_type", "regression"),
+])  # fmt: skip
+def test_what_a_call_looks_up_can_be_assigned_and_is_kept(tmp_path: Path, name: str, value: Any) -> None:
+    config = tiny_config()
+    setattr(config, name, value)
+    assert config == tiny_config(**{name: value})
+    config.save_pretrained(tmp_path)
+    assert getattr(OpenLlamaConfig.from_pretrained(tmp_path), name) == value
+
+
+@pytest.mark.parametrize(("name", "value", "said"), [
+    ("use_cache", "no", "use_cache must be true or false, got 'no'"),
+    ("pad_token_id", 23, "pad_token_id 23 is outside the vocabulary of 23"),
+    ("problem_type", "ranking", "problem_type must be one of"),
+])  # fmt: skip
+def test_what_is_assigned_is_checked_as_what_is_given(name: str, value: Any, said: str) -> None:
+    config = tiny_config()
+    with pytest.raises(ConfigError, match=said):
+        setattr(config, name, value)
+    assert config == tiny_config()
+
+
+def test_one_assignment_reaches_head_and_decoder_and_the_next_call() -> None:
+    model = tiny_model()
+    assert model.model.config is model.config
+    model.config.use_cache = False
+    assert model(tiny_ids()).past_key_values is None
+    model.config.return_dict = False
+    assert isinstance(model(tiny_ids()), tuple)
+    assert isinstance(model.model(tiny_ids()), tuple)
+
+
+def test_what_trainers_and_adapters_ask_of_a_config() -> None:
+    config = tiny_config(extra={"_name_or_path": "s-JoL/Open-Llama-V1", "pretraining_tp": 2})
+    assert config.get_text_config(decoder=True) is config
+    assert (config.is_encoder_decoder, config.use_return_dict) == (False, True)
+    assert config.keys_to_ignore_at_inference == ["past_key_values"]
+    assert json.loads(config.to_json_string()) == config.to_dict()
+    assert [key in config for key in ("vocab_size", "model_type", "pretraining_tp", "extra", "rope_theta")] == [
+        True, True, True, False, False
+    ]  # fmt: skip
+    assert (config.name_or_path, tiny_config().name_or_path) == ("s-JoL/Open-Llama-V1", "")
+    assert getattr(config, "quantization_config", None) is None
+    with pytest.raises(AttributeError, match="has no rope_theta"):
+        _ = config.rope_theta
+    config.pretraining_tp = 1  # as peft does where there is one
+    assert (config.pretraining_tp, config.to_dict()["pretraining_tp"]) == (1, 1)
 
 
 def test_fields_are_given_by_name() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -469,3 +470,29 @@ def test_an_empty_list_of_forced_ids_forces_none(model, prompt):
     assert torch.equal(
         model.generate(prompt, max_new_tokens=3, forced_eos_token_id=[]), model.generate(prompt, max_new_tokens=3)
     )
+
+
+def test_the_prompt_may_be_called_inputs_but_not_twice():
+    model, ids = make_model(), torch.tensor([[5, 9, 13]])
+    assert torch.equal(model.generate(inputs=ids, max_new_tokens=4), model.generate(ids, max_new_tokens=4))
+    assert len(list(model.stream(inputs=ids, max_new_tokens=4))) == 4
+    with pytest.raises(InputError, match="inputs and input_ids are two names of the prompt"):
+        model.generate(ids, inputs=ids, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}])
+def test_a_prompt_that_ends_with_padding_is_warned_of_once_at_the_callers_line(settings):
+    model, ids = make_model(), torch.tensor([[5, 9, 0], [7, 3, 8]])
+    with pytest.warns(UserWarning, match=r'1 of the prompts end with padding.*padding_side="left"') as caught:
+        model.generate(ids, max_new_tokens=3, **settings)
+    assert [warning.filename for warning in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.generate(ids[1:], max_new_tokens=3, **settings)
+        model.generate(ids.flip(1), max_new_tokens=3, **settings)
+
+
+def test_embeddings_masked_at_the_end_are_warned_of():
+    model, vectors = make_model(), torch.randn(2, 3, 32)
+    with pytest.warns(UserWarning, match="2 of the prompts end with padding"):
+        model.generate(inputs_embeds=vectors, attention_mask=torch.tensor([[1, 1, 0], [1, 0, 0]]), max_new_tokens=2)

@@ -110,12 +110,20 @@ def test_numbers_of_numpy_become_pythons():
     )
 
 
-def test_assigning_to_a_setting_says_how_to_change_it(model):
-    with pytest.raises(dataclasses.FrozenInstanceError) as caught:
-        model.generation_config.max_length = 50
-    assert "model.generation_config = dataclasses.replace(model.generation_config, max_length=50)" in str(caught.value)
-    assert model.generation_config.max_length == 20
-    assert model.generation_config.replace(max_length=50).max_length == 50
+def test_a_setting_can_be_assigned_and_is_checked(model):
+    """``model.generation_config.max_length = 50``, as code for transformers has it."""
+    config = GenerationConfig()
+    config.max_length = 50
+    config.eos_token_id = (np.int64(2), 3)
+    assert config == GenerationConfig(max_length=50, eos_token_id=[2, 3])
+    with pytest.raises(InputError, match=r"temperature must be a number in .* got 0"):
+        config.temperature = 0
+    with pytest.raises(dataclasses.FrozenInstanceError, match="no field temprature"):
+        config.temprature = 1.0
+    assert config == GenerationConfig(max_length=50, eos_token_id=[2, 3])
+    own = make_model()
+    own.generation_config.max_new_tokens = 4
+    assert torch.equal(own.generate(ONE), model.generate(ONE, max_new_tokens=4))
 
 
 def test_every_setting_has_a_rule_that_its_default_passes():
@@ -183,6 +191,28 @@ def test_a_file_of_another_shape_is_refused_with_its_path(tmp_path, text):
     (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(ConfigError, match=r"generation_config\.json"):
         GenerationConfig.from_pretrained(tmp_path)
+
+
+class Unset:
+    """As a GenerationConfig of transformers 5: what is not set is None, and stands for the model's own."""
+
+    def __init__(self, **given):
+        self.given = given
+
+    def to_dict(self):
+        names = ("max_length", "max_new_tokens", "eos_token_id", "pad_token_id", "top_k", "top_h", "use_cache")
+        return {**dict.fromkeys(names), **self.given, "transformers_version": "5.24.0", "_from_model_config": False}
+
+
+def test_what_transformers_5_leaves_unset_is_the_model_s_own():
+    model = make_model()
+    model.generation_config = own = GenerationConfig(top_k=7, eos_token_id=3, max_length=9)
+    model.generation_config = Unset(max_new_tokens=4)
+    assert model.generation_config == own.replace(max_new_tokens=4)
+    expected = model.generate(ONE, max_new_tokens=5)
+    assert torch.equal(model.generate(ONE, generation_config=Unset(max_new_tokens=5)), expected)
+    with pytest.raises(InputError, match=r"generate does not take top_h=0\.5"):
+        model.generate(ONE, generation_config=Unset(top_h=0.5))
 
 
 def test_null_in_a_file_is_the_default_where_it_is_no_value():

@@ -79,3 +79,36 @@ def test_bad_texts_are_refused(model, texts, message):
 
 def test_no_texts_have_no_scores(model):
     assert score(model, []) == []
+
+
+OUTPUTS = {"return_dict_in_generate": True, "output_scores": True, "max_new_tokens": 5}
+
+
+def test_transition_scores_of_greedy_search_are_the_log_probabilities_of_what_was_taken():
+    model, ids = make_model(), torch.tensor([[5, 9, 13], [7, 3, 30]])
+    output = model.generate(ids, **OUTPUTS)
+    found = model.compute_transition_scores(output.sequences, output.scores, normalize_logits=True)
+    expected = [one.log_probs[2:] for one in score(model, output.sequences)]
+    torch.testing.assert_close(found, torch.stack(expected))
+
+
+def test_transition_scores_of_beams_add_up_to_what_the_beams_were_ranked_by():
+    model, ids = make_model(), torch.tensor([[5, 9, 13], [7, 3, 30]])
+    output = model.generate(ids, num_beams=3, length_penalty=0.0, **OUTPUTS)
+    found = model.compute_transition_scores(output.sequences, output.scores, output.beam_indices)
+    assert found.shape == (2, 5)
+    torch.testing.assert_close(found.sum(1), output.sequences_scores)
+
+
+def test_transition_scores_of_what_is_no_output_are_refused():
+    model, ids = make_model(), torch.tensor([[5, 9, 13], [7, 3, 30]])
+    greedy, beams = model.generate(ids, **OUTPUTS), model.generate(ids, num_beams=3, num_return_sequences=3, **OUTPUTS)
+    with pytest.raises(InputError, match="output_scores=True"):
+        model.compute_transition_scores(greedy.sequences, None)
+    for sequences, scores, indices in (
+        (greedy.sequences[:, :4], greedy.scores, None),
+        (beams.sequences, greedy.scores, None),
+        (beams.sequences, beams.scores, greedy.sequences),
+    ):
+        with pytest.raises(InputError, match="are not of one output of generate"):
+            model.compute_transition_scores(sequences, scores, indices)

@@ -341,7 +341,7 @@ def test_replacing_the_config_of_a_head_reaches_the_decoder() -> None:
 
 def test_assigning_to_a_field_of_a_model_s_config_says_what_to_do() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError, match=r"model\.config = dataclasses\.replace"):
-        tiny_model().config.use_cache = False  # type: ignore[misc]
+        tiny_model().config.hidden_size = 48  # type: ignore[misc]
 
 
 # --- training ---

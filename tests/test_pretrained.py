@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, load_model, save_model
 
 from openllama import OpenLlamaConfig, OpenLlamaForCausalLM, OpenLlamaForSequenceClassification, OpenLlamaModel
 from openllama.checkpoint import convert, hf_to_native, reader, verify
@@ -20,6 +20,7 @@ from openllama.errors import (
     CheckpointNotFoundError,
     ConfigError,
     DestinationExistsError,
+    InputError,
     KeyMismatchError,
 )
 from tests.checkpoints import (
@@ -103,6 +104,8 @@ def test_dtype(tmp_path: Path) -> None:
     assert load(tmp_path, torch_dtype="auto").dtype == torch.bfloat16
     assert load(tmp_path, dtype=torch.float64).dtype == torch.float64
     assert load(tmp_path, torch_dtype="float16").dtype == torch.float16
+    with pytest.raises(InputError, match="dtype float16 and torch_dtype float32 are two names of one argument"):
+        load(tmp_path, dtype="float16", torch_dtype="float32")
     with pytest.raises(ConfigError, match="int8"):
         load(tmp_path, dtype=torch.int8)
     weights["model.norm.weight"] = weights["model.norm.weight"].float()
@@ -113,9 +116,70 @@ def test_dtype(tmp_path: Path) -> None:
 def test_device(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, native_weights(CONFIG), CONFIG)
     assert OpenLlamaForCausalLM.from_pretrained(tmp_path).device == torch.device("cpu")
-    assert OpenLlamaForCausalLM.from_pretrained(tmp_path, device="meta").device == torch.device("meta")
+    assert OpenLlamaForCausalLM.from_pretrained(tmp_path, device="cpu", low_cpu_mem_usage=True).dtype == torch.float32
+
+
+@pytest.mark.parametrize("config", [CONFIG, OWN_HEAD, TIED], ids=["shared", "own head", "tied"])
+def test_a_model_on_the_meta_device_has_all_shapes_and_ties_and_no_numbers(
+    tmp_path: Path, config: OpenLlamaConfig
+) -> None:
+    write_checkpoint(tmp_path, hf_weights(config), config)
+    wanted = {name: parameter.shape for name, parameter in OpenLlamaForCausalLM(config).named_parameters()}
     with torch.device("meta"):
-        assert OpenLlamaForCausalLM.from_pretrained(tmp_path).device == torch.device("meta")
+        by_context = OpenLlamaForCausalLM.from_pretrained(tmp_path)
+    for model in (by_context, OpenLlamaForCausalLM.from_pretrained(tmp_path, device="meta")):
+        assert {name: parameter.shape for name, parameter in model.named_parameters()} == wanted
+        assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+        assert model(IDS.to("meta")).logits.shape == (1, 4, 13)
+        if config is TIED:
+            assert model.lm_head.weight is model.model.embedding.tokens.weight
+
+
+@pytest.mark.parametrize(
+    "place", ["cpu", "auto", "balanced", {"": "cpu"}, {"model": "cpu", "lm_head": torch.device("cpu")}]
+)
+def test_a_device_map_of_one_device_is_that_device(tmp_path: Path, place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: None)
+    write_checkpoint(tmp_path, native_weights(CONFIG), CONFIG)
+    assert OpenLlamaForCausalLM.from_pretrained(tmp_path, device_map=place).device == torch.device("cpu")
+
+
+def test_a_device_map_may_name_the_accelerator_or_meta_and_no_second_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path, native_weights(CONFIG), CONFIG)
+    load = OpenLlamaForCausalLM.from_pretrained
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
+    assert load(tmp_path, device_map="auto").device == load(tmp_path, device_map="meta").device == torch.device("meta")
+    for places in ({"model": "cpu", "lm_head": "meta"}, {"": "disk"}, {}):
+        with pytest.raises(InputError, match="is not one device"):
+            load(tmp_path, device_map=places)
+    with pytest.raises(InputError, match="give device cpu or device_map auto, not both"):
+        load(tmp_path, device="cpu", device_map="auto")
+
+
+def test_use_safetensors_says_which_format_is_read(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "pickle", hf_weights(CONFIG), CONFIG)
+    write_checkpoint(tmp_path / "safe", hf_weights(CONFIG), CONFIG, "one safetensors")
+    load = OpenLlamaForCausalLM.from_pretrained
+    assert_same_tensors(load(tmp_path / "safe", use_safetensors=True).state_dict(), native_weights(CONFIG))
+    assert_same_tensors(load(tmp_path / "pickle", use_safetensors=False).state_dict(), native_weights(CONFIG))
+    with pytest.raises(CheckpointNotFoundError, match=r"no safetensors, but use_safetensors=True; .*openllama convert"):
+        load(tmp_path / "pickle", use_safetensors=True)
+    with pytest.raises(InputError, match="use_safetensors=False, but safetensors are read first"):
+        load(tmp_path / "safe", use_safetensors=False)
+
+
+@pytest.mark.parametrize("config", [CONFIG, OWN_HEAD, TIED], ids=["shared", "own head", "tied"])
+def test_safetensors_own_functions_load_what_was_saved_and_save_what_loads(
+    tmp_path: Path, config: OpenLlamaConfig
+) -> None:
+    model, other = model_of(OpenLlamaForCausalLM, config), model_of(OpenLlamaForCausalLM, config)
+    model.save_pretrained(tmp_path)
+    assert load_model(other, tmp_path / "model.safetensors") == (set(), [])
+    same_model(other, model)
+    save_model(model, tmp_path / "by safetensors.safetensors")
+    same_model(OpenLlamaForCausalLM.from_pretrained(tmp_path / "by safetensors.safetensors"), model)
 
 
 def test_backend(tmp_path: Path) -> None:
@@ -131,8 +195,8 @@ def test_backend(tmp_path: Path) -> None:
 def test_overrides(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, native_weights(CONFIG), CONFIG)
     assert OpenLlamaForCausalLM.from_pretrained(tmp_path, pad_token_id=3).model.embedding.tokens.padding_idx == 3
-    with pytest.raises(ConfigError, match="device_map"):
-        OpenLlamaForCausalLM.from_pretrained(tmp_path, device_map="auto")
+    with pytest.raises(ConfigError, match="paddington: not a field"):
+        OpenLlamaForCausalLM.from_pretrained(tmp_path, paddington=3)
     with pytest.raises(KeyMismatchError, match=r"\(13, 8\), the configuration implies \(14, 8\)"):
         OpenLlamaForCausalLM.from_pretrained(tmp_path, vocab_size=14)
 
@@ -327,6 +391,30 @@ def test_models_that_left_their_config_are_not_saved(tmp_path: Path) -> None:
     model.model.layers[0].mlp.extra = torch.nn.Linear(2, 2)
     with pytest.raises(KeyMismatchError, match=r"model\.layers\.0\.mlp\.extra\.weight"):
         model.save_pretrained(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_weights_from_elsewhere_are_saved_in_place_of_the_model_s_own(tmp_path: Path) -> None:
+    model, other = model_of(OpenLlamaForCausalLM, CONFIG), model_of(OpenLlamaForCausalLM, CONFIG)
+    gathered = {f"module.{name}": parameter for name, parameter in other.named_parameters()}
+    model.save_pretrained(tmp_path, state_dict=gathered, save_function=torch.save)
+    same_model(OpenLlamaForCausalLM.from_pretrained(tmp_path), other)
+    del gathered["module.model.norm.weight"]
+    with pytest.raises(KeyMismatchError, match=r"missing \(1\): model\.norm\.weight"):
+        model.save_pretrained(tmp_path / "x", state_dict=gathered)
+    assert not (tmp_path / "x").exists()
+
+
+def test_only_the_main_process_writes(tmp_path: Path) -> None:
+    model_of(OpenLlamaForCausalLM, CONFIG).save_pretrained(tmp_path / "x", is_main_process=False)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_function_that_would_write_other_files_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"save_function .* cannot be used: .* model\.state_dict\(\) has the weights"):
+        model_of(OpenLlamaForCausalLM, CONFIG).save_pretrained(tmp_path / "x", save_function=lambda *arguments: None)
+    with pytest.raises(InputError, match="save_pretrained does not know max_shard"):
+        model_of(OpenLlamaForCausalLM, CONFIG).save_pretrained(tmp_path / "x", max_shard="1GB")
     assert not (tmp_path / "x").exists()
 
 

@@ -134,6 +134,30 @@ def test_heads_pass_checkpointing_on_to_the_decoder(kind: Any) -> None:
     assert model(tiny_ids(), past_key_values=past).past_key_values.get_seq_length() == 10
 
 
+@pytest.mark.parametrize("kwargs", [None, {"use_reentrant": False}, {"use_reentrant": True}], ids=str)
+@pytest.mark.parametrize("name", ["gradient", "activation"])
+def test_checkpointing_takes_what_trainers_of_each_release_pass(name: str, kwargs: dict[str, Any] | None) -> None:
+    model = tiny_model().train()
+    found = []
+    for enabled in (False, True):
+        if enabled:
+            enable = getattr(model, f"{name}_checkpointing_enable")
+            enable(**{f"{name}_checkpointing_kwargs": kwargs})
+            assert model.is_gradient_checkpointing
+        torch.manual_seed(0)
+        model(tiny_ids(), use_cache=False).logits.square().mean().backward()
+        found.append(gradients(model))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("settings", [{"every_n_layers": 2}, {"offload": True}])
+def test_checkpointing_of_some_layers_is_refused(settings: dict[str, Any]) -> None:
+    model = tiny_model()
+    with pytest.raises(InputError, match="every layer is computed again and nothing is offloaded"):
+        model.activation_checkpointing_enable(**settings)
+    assert not model.is_gradient_checkpointing
+
+
 # --- low precision ---
 
 

@@ -36,6 +36,9 @@ from openllama.errors import (
 
 SAFETENSORS_FILE, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE_FILE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+TRAINER_FILE = (
+    "trainer_state.json"  # in checkpoints of transformers' Trainer, which has no config.json of others' models
+)
 SEARCHED = (SAFETENSORS_FILE, SAFETENSORS_INDEX, PICKLE_FILE, PICKLE_INDEX)  # first found wins, as in HF
 GGML_MAGIC = (b"GGUF", b"lmgg", b"fmgg", b"tjgg", b"algg")  # llama.cpp's formats, newest first
 ALIGNMENT = 64  # bytes; torch allocates tensors at multiples of it
@@ -81,7 +84,11 @@ def open_checkpoint(
         tensors, values = open_meta(path)
         config = config or OpenLlamaConfig.from_dict(values)
     if config is None and not (folder / CONFIG_FILE).is_file():
-        raise CheckpointNotFoundError(f"{folder} has no {CONFIG_FILE}; put it there, or pass config (--config)")
+        trained = (folder / TRAINER_FILE).is_file()
+        hint = (
+            ", such as the folder that was trained; model.config.save_pretrained(folder) writes it" if trained else ""
+        )
+        raise CheckpointNotFoundError(f"{folder} has no {CONFIG_FILE}; put it there, or pass config (--config){hint}")
     if not isinstance(config, OpenLlamaConfig):
         config = OpenLlamaConfig.from_pretrained(config or folder)
     if overrides:

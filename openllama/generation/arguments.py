@@ -64,6 +64,7 @@ class GenerationSettings(TypedDict, total=False):
 class Arguments(GenerationSettings, total=False):
     """The settings and everything else that ``prepare`` takes."""
 
+    inputs: Tensor | None
     attention_mask: Tensor | None
     inputs_embeds: Tensor | None
     past_key_values: Cache | Sequence[KeyValue] | None

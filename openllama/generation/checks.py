@@ -9,10 +9,18 @@ import torch
 from torch import Tensor
 
 from openllama.cache import Cache, KeyValue
-from openllama.checks import as_cache, check_attention_mask, check_input_ids, check_inputs_embeds, check_tensor
+from openllama.checks import (
+    as_cache,
+    check_attention_mask,
+    check_input_ids,
+    check_inputs_embeds,
+    check_tensor,
+    values_of,
+)
 from openllama.config import OpenLlamaConfig
+from openllama.dropin import GENERATING, without_neutral
 from openllama.errors import InputError, warn
-from openllama.generation.config import GenerationConfig, as_list
+from openllama.generation.config import GenerationConfig, adopt, as_list
 from openllama.generation.processors import LogitsProcessor, all_processors
 from openllama.generation.sampling import filters_for
 from openllama.generation.state import LanguageModel, Request, has_own_inputs
@@ -23,6 +31,7 @@ def prepare(
     model: LanguageModel,
     input_ids: Tensor | None = None,
     *,
+    inputs: Tensor | None = None,
     attention_mask: Tensor | None = None,
     inputs_embeds: Tensor | None = None,
     past_key_values: Cache | Sequence[KeyValue] | None = None,
@@ -35,15 +44,23 @@ def prepare(
 ) -> Request:
     """Check a call of ``generate`` before any forward pass; raises ``InputError``.
 
-    ``input_ids`` (B, L): the prompt; without one the output begins with the bos id. ``attention_mask`` (B, L):
-    0 for padding, inferred from the padding id. ``inputs_embeds`` (B, E, C): computed in place of the ids.
-    ``past_key_values``: of the prompt's first tokens; a ``PreallocatedCache`` with room for all is used
-    itself, another past is copied. ``generation_config``: instead of the model's own; ``options`` are fields
-    of it. ``logits_processor``: after the configured ones, before sampling filters. ``stopping_criteria``: asked
-    after each token. ``assistant_model``: guesses tokens ahead. ``generator``: None is torch's global one.
+    ``input_ids``, or ``inputs`` (B, L): the prompt; without one the output begins with the bos id. ``attention_mask``
+    (B, L): 0 for padding, which belongs on the left; inferred from the padding id. ``inputs_embeds`` (B, E, C):
+    computed in place of the ids. ``past_key_values``: of the prompt's first tokens; a ``PreallocatedCache`` with room
+    for all is used itself, another past is copied. ``generation_config``: instead of the model's own, may be one of
+    transformers; ``options`` are fields of it. ``logits_processor``: after the configured ones, before sampling
+    filters. ``stopping_criteria``: asked after each token. ``assistant_model``: guesses tokens ahead. ``generator``:
+    None is torch's global one.
     """
-    _check_types(generation_config, logits_processor, stopping_criteria, assistant_model, generator)
-    config = (generation_config or model.generation_config).replace(**options)
+    _check_types(logits_processor, stopping_criteria, assistant_model, generator)
+    config = model.generation_config
+    if generation_config is not None:
+        config = adopt(generation_config, config)
+    config = config.replace(**without_neutral("generate", options, GENERATING))
+    if inputs is not None:
+        if input_ids is not None:
+            raise InputError("inputs and input_ids are two names of the prompt; give one")
+        input_ids = inputs
     input_ids = _prompt_ids(model, input_ids, inputs_embeds, config)
     if inputs_embeds is not None:
         config = config.replace(use_cache=True)  # they cannot be computed again from ids
@@ -71,15 +88,10 @@ def prepare(
     return request.repeated(config.num_return_sequences if config.do_sample else 1)
 
 
-def _check_types(config: object, processors: object, criteria: object, assistant: object, generator: object) -> None:
+def _check_types(processors: object, criteria: object, assistant: object, generator: object) -> None:
     """Refuse objects of another kind, which would be noticed only after a forward pass."""
-    kinds = {
-        "generation_config": (config, GenerationConfig, "a GenerationConfig; a mapping goes in by **"),
-        "generator": (generator, torch.Generator, "a torch.Generator"),
-    }
-    for name, (value, kind, wanted) in kinds.items():
-        if value is not None and not isinstance(value, kind):
-            raise InputError(f"{name} must be {wanted}, got {type(value).__name__}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise InputError(f"generator must be a torch.Generator, got {type(generator).__name__}")
     for name, functions in {"logits_processor": processors, "stopping_criteria": criteria}.items():
         if functions is not None and not (isinstance(functions, (list, tuple)) and all(map(callable, functions))):
             raise InputError(f"{name} must be a list of functions, got {functions!r}")
@@ -115,10 +127,12 @@ def _prompt_mask(
     """
     batch, length = input_ids.shape if inputs_embeds is None else inputs_embeds.shape[:2]
     cached = 0 if past is None else past.get_seq_length()
+    pads = None  # of each row, whether it ends with padding
     if mask is None and inputs_embeds is not None:
         mask = input_ids.new_ones(batch, cached + length)
     elif mask is None:
         mask = _infer_mask(input_ids, config)
+        pads = input_ids[:, -1] == config.pad_token_id if config.pad_token_id in config.eos_token_ids else None
     check_tensor("attention_mask", mask)
     if mask.ndim != 2:
         raise InputError(f"generate takes a padding mask ({batch}, {cached + length}), got {tuple(mask.shape)}")
@@ -130,7 +144,18 @@ def _prompt_mask(
         )
     full = cached + length if width == cached + length else length
     nothing_is_padding = check_attention_mask(mask, batch, full - cached, full)
+    _warn_of_right_padding(pads if nothing_is_padding else mask[:, -1] == 0)
     return None if nothing_is_padding else mask.to(input_ids.device), full
+
+
+def _warn_of_right_padding(pads: Tensor | None) -> None:
+    """``pads`` (B,): whether each prompt ends with padding; None where none does."""
+    count = 0 if pads is None else sum(values_of(pads, torch.clone) or ())
+    if count:
+        warn(
+            f"{count} of the prompts end with padding, which generation would go on from, so that the text is another: "
+            'pad on the left (padding_side="left" of a tokenizer)'
+        )
 
 
 def _infer_mask(input_ids: Tensor, config: GenerationConfig) -> Tensor:

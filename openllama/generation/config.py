@@ -24,6 +24,7 @@ from openllama.config import (
     setting,
     write_json,
 )
+from openllama.dropin import GENERATING, without_neutral
 from openllama.errors import ConfigError, InputError, OpenLlamaError
 
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -207,6 +208,24 @@ class GenerationConfig(Settings):
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
         """Write ``generation_config.json`` into ``folder``."""
         write_json(Path(folder) / GENERATION_CONFIG_FILE, self.to_dict())
+
+
+def adopt(config: Any, own: GenerationConfig) -> GenerationConfig:
+    """``config``, which may be a ``GenerationConfig`` of transformers, whose values are taken over.
+
+    What is the default there is the default here. In transformers 5 and later, where the default is None, that means
+    "as the model has it", so that these are taken from ``own``. Raises ``InputError`` for a value of another kind, and
+    for settings that there are not here, unless they ask for nothing.
+    """
+    if isinstance(config, GenerationConfig):
+        return config
+    if not callable(getattr(config, "to_dict", None)):
+        raise InputError(f"generation_config must be a GenerationConfig; a mapping goes in by **, got {config!r:.100}")
+    defaults = type(config)().to_dict()
+    given = {name: value for name, value in config.to_dict().items() if defaults.get(name) != value}
+    given = {name: value for name, value in given.items() if name != "transformers_version" and name[:1] != "_"}
+    base = own if defaults.get("max_length") is None else GenerationConfig()
+    return base.replace(**without_neutral("generate", given, GENERATING))
 
 
 def as_list(ids: int | Sequence[int] | None) -> list[int]:

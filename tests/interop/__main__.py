@@ -3,14 +3,15 @@
 For the shipped model, and for a random one of the shape of the published model of 880 million parameters, the greedy
 continuations of ours, transformers 4.31.0 (``--to hf``), current transformers (``--to llama``) and llama.cpp (``--to
 gguf``, float32) must be equal, and the logits within ``BARS`` of ours. The ids of every line of the corpora must be
-equal for each tokenizer; llama.cpp gets them normalised where the tokenizer does that. Prints tables; ends with exit
-code 1 if anything differs.
+equal for each tokenizer; llama.cpp gets them normalised where the tokenizer does that. Current transformers' Trainer
+and current peft train tiny models of ours. Prints tables; ends with exit code 1 if anything differs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,8 @@ from tests.oracle import transformers
 from tests.parity.draws import randomise_norms
 from tests.sentencepieces import CORPORA, TINY_CHECKPOINT, corpus, model_bytes, write_folder
 
+PEER = Path(peer.__file__)
+ROOT = PEER.parents[2]
 PUBLISHED = OpenLlamaConfig(hidden_size=2048, num_hidden_layers=8, pad_token_id=3)  # 880 million parameters
 SMALL = OpenLlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
 PROMPTS = ("KING RICHARD II:", "ROMEO:\nO, she doth teach", "春江花月夜", "user:Who is there?\nsystem:")
@@ -57,9 +60,10 @@ def head(*cells: str) -> None:
     print("\n|", " | ".join(cells), "|\n|", " | ".join("---" for _ in cells), "|", flush=True)
 
 
-def run_peer(python: Path, program: str, folder: Path) -> dict[str, Any]:
-    command = [str(python), str(Path(peer.__file__)), program, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def run_peer(python: Path, program: str, folder: Path, script: Path = PEER) -> dict[str, Any]:
+    command = [str(python), str(script), program, str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with exit code {done.returncode}:\n{done.stderr[-3000:]}")
     return json.loads((folder / f"{program}.json").read_text(encoding="utf-8"))
@@ -139,6 +143,15 @@ def compare_tokenizer(name: str, source: Path, python: Path, report: Report) -> 
             report.row(name, program, f"{len(texts)} texts", different, good=meant or not different)
 
 
+def check_training(python: Path, report: Report) -> None:
+    """What people do with a model of ours in current transformers' Trainer and peft."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = run_peer(python, "trainer", Path(folder), PEER.with_name("trainer.py"))
+    head(f"transformers {done['version']}", "as it should be")
+    for name, good in done["found"].items():
+        report.row(name if good in (True, False) else f"{name}: {good}", good=good is True)
+
+
 def random_model(folder: Path, config: OpenLlamaConfig, tokenizer: bytes, **settings: Any) -> Path:
     """A model with random weights and norms, and a tokenizer."""
     torch.manual_seed(0)
@@ -164,6 +177,7 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="leave out the model of 880 million parameters")
     options, report = parser.parse_args(), Report()
     warnings.filterwarnings("ignore", message="the tokenizer normalises text")  # the last table shows it
+    check_training(options.peer, report)
     compare_model("open-llama-tiny", TINY_CHECKPOINT, options.peer, report)
     real = {name: tokenizer_of(name) for name in ("v1", "v2")}
     with tempfile.TemporaryDirectory() as work:

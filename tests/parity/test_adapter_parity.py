@@ -17,7 +17,7 @@ from openllama import OpenLlamaForCausalLM, OpenLlamaForSequenceClassification
 from openllama.checkpoint import convert, convert_adapter
 from openllama.checkpoint.files import open_file
 from tests.checkpoints import assert_same_tensors
-from tests.oracle import compared
+from tests.oracle import compared, transformers
 from tests.parity.draws import hf_model, our_twin
 from tests.tiny import tiny_config, tiny_ids
 
@@ -97,6 +97,61 @@ def test_an_adapter_of_ours_gives_our_numbers_on_hf_s_classifier(tmp_path: Path)
     attached = peft.PeftModel.from_pretrained(hf, tmp_path / "hf").eval()
     assert torch.equal(logits(attached), logits(adapted))
     compared["adapters: HF's logits, bit for bit"] += 1
+
+
+def test_a_classifier_with_an_adapter_trains_its_score_and_is_saved_and_loaded(tmp_path: Path) -> None:
+    """LoRA for classification, as in peft's own examples: the new head is trained and stored beside the adapter."""
+    config = dataclasses.replace(CONFIG, num_labels=3)
+    hf = hf_model(config, seed=1, kind="OpenLlamaForSequenceClassification")
+    ours = our_twin(hf, config)
+    before = ours.score.weight.clone()
+    settings = {"target_modules": ["q_proj", "v_proj"], "task_type": "SEQ_CLS"}
+    adapted = trained(copy.deepcopy(ours), **settings)
+    assert torch.equal(logits(adapted), logits(trained(hf, **settings)))
+    adapted.save_pretrained(tmp_path)
+    stored = open_file(tmp_path / "adapter_model.safetensors")
+    assert not torch.equal(stored["base_model.model.score.weight"], before)
+    attached = peft.PeftModel.from_pretrained(ours, tmp_path).eval()
+    assert torch.equal(logits(attached), logits(adapted))
+    compared["adapters: HF's logits, bit for bit"] += 1
+
+
+PROMPTS = {
+    "prompt tuning": peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    "p-tuning": peft.PromptEncoderConfig(num_virtual_tokens=3, task_type="CAUSAL_LM", encoder_hidden_size=8),
+    "prefix tuning": peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    "prefix tuning through an MLP": peft.PrefixTuningConfig(
+        num_virtual_tokens=3, task_type="CAUSAL_LM", prefix_projection=True, encoder_hidden_size=8
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_learned_prompts_train_and_generate_as_on_hf_s_model(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # peft 0.13.2 asks for this class when it generates; transformers has it since 4.36
+    monkeypatch.setattr(transformers, "Cache", type("Cache", (), {}), raising=False)
+    hf = hf_model(dataclasses.replace(CONFIG, shared_input_output_embedding=False), seed=1)
+    ours = our_twin(hf, dataclasses.replace(CONFIG, shared_input_output_embedding=False))
+    base, found = copy.deepcopy(ours), []
+    for model in (hf, ours):
+        torch.manual_seed(0)
+        adapted = peft.get_peft_model(model, copy.deepcopy(PROMPTS[name])).train()
+        optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
+        ids, mask = tiny_ids(), torch.ones_like(tiny_ids())
+        for _ in range(2):
+            adapted(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+            optimizer.step()
+        made = adapted.eval().generate(input_ids=ids, attention_mask=mask, max_new_tokens=8)
+        found.append((logits(adapted), made))
+    assert torch.equal(found[1][0], found[0][0])
+    assert torch.equal(found[1][1], found[0][1])
+    assert not torch.equal(found[1][1], base.generate(ids, max_new_tokens=8))
+    adapted.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()  # of the MLP it has the result, in another layout
+    torch.testing.assert_close(logits(loaded), found[1][0])
+    compared["learned prompts: HF's logits and ids, bit for bit"] += 1
 
 
 def test_an_adapter_that_matches_nothing_is_reported(tmp_path: Path) -> None:
