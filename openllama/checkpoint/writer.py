@@ -16,6 +16,7 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from io import BufferedWriter, FileIO
 from pathlib import Path
@@ -125,18 +126,18 @@ def write_weights(
     verified = _find_verified(folder, shards, resume)
     check_space(folder, total - sum((folder / file).stat().st_size for file in verified))
     written: dict[str, Written] = {}
-    for file, names in shards.items():
-        job = _File(folder / file, {name: tensors[name] for name in names}, file_format, progress)
-        if file not in verified or not job.is_kept(verified[file]):
-            verified[file] = job.write_and_compare(read)
-            if resume:
-                resume.write(verified)
-        written |= verified[file]
+    with closing(progress):
+        for file, names in shards.items():
+            job = _File(folder / file, {name: tensors[name] for name in names}, file_format, progress)
+            if file not in verified or not job.is_kept(verified[file]):
+                verified[file] = job.write_and_compare(read)
+                if resume:
+                    resume.write(verified)
+            written |= verified[file]
     if len(shards) > 1:
         weight_map = {name: file for file, names in shards.items() for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(folder / SAFETENSORS_INDEX, index)
-    progress.close()
     return written
 
 
