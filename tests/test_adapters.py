@@ -152,5 +152,6 @@ def test_a_model_is_not_replaced_by_an_adapter_and_large_numbers_stay_finite(tmp
 def test_options_for_models_are_refused_for_adapters(tmp_path: Path) -> None:
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     adapter(tmp_path / "hf", {name: torch.ones(2, 8)}, target_modules=["q_proj"])
-    with pytest.raises(InputError, match="--ignore"):
-        convert(tmp_path / "hf", tmp_path / "native", ignore=["*"])
+    for options in ({"ignore": ["*"]}, {"max_shard_size": "1GB"}):
+        with pytest.raises(InputError, match=r"--ignore.*--max-shard-size"):
+            convert(tmp_path / "hf", tmp_path / "native", **options)

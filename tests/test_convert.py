@@ -298,9 +298,12 @@ def test_an_error_leaves_nothing_behind(
     assert sorted(path.name for path in tmp_path.iterdir()) == (["native", "source"] if exists else ["source"])
 
 
-@pytest.mark.parametrize("wrong", [{"to": "onnx"}, {"max_shard_size": "4kbb"}, {"dtype": "int3"}, {"dtype": "q8_0"}])
+@pytest.mark.parametrize("wrong", [
+    {"to": "onnx"}, {"max_shard_size": "4kbb"}, {"max_shard_size": 0}, {"dtype": "int3"}, {"dtype": "q8_0"},
+    {"to": "gguf", "max_shard_size": "1GB"},
+])  # fmt: skip
 def test_arguments_are_checked_before_anything_is_read(tmp_path: Path, wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"is not one of|is not a size|is for gguf alone"):
+    with pytest.raises(ValueError, match=r"is not one of|is not a size|is for gguf alone|--max-shard-size"):
         convert(tmp_path / "absent", tmp_path / "native", **wrong)
 
 

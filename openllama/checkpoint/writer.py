@@ -37,6 +37,7 @@ from openllama.errors import CheckpointError, CorruptCheckpointError, InputError
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 RECORD_FILE = "conversion.json"
 OURS = (CONFIG_FILE, SAFETENSORS_FILE, SAFETENSORS_INDEX, "model-?????-of-?????.safetensors", RECORD_FILE)
+SHARD_SIZE = "5GB"  # of the largest file, unless another size is asked for
 CHUNK = 2**20  # bytes that are read back at once
 SYNCED = 2**27  # bytes after which the disk is made to write
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -104,7 +105,7 @@ def write_weights(
     folder: Path,
     tensors: Mapping[str, Source],
     *,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str = SHARD_SIZE,
     progress: Progress | None = None,
     read: Callable[[Tensor], Tensor] = lambda part: part,
     file_format: str = NATIVE_TYPE,
