@@ -94,7 +94,7 @@ def convert(
         if to == "gguf":
             return write_gguf(source, weights, dst, dtype=dtype, overwrite=overwrite, progress=progress)
         check_places(src, dst, overwrite, _may_be_replaced, "not a checkpoint")
-        check_tokenizer(source.folder, source.config.vocab_size)
+        check_tokenizer(source.folder, source.config.vocab_size, is_needed=source.path.is_dir())
         check_generation_config(source.folder)
         exported = export(to, weights, source.config, cast_to, source.folder)
         warnings += remarks(weights, source.config)
@@ -123,7 +123,7 @@ def _fill_folder(
         )
         files.check_unchanged()
         warn_of_numbers(written)
-        record.write(folder, sums.results(), exported.tensors, written)
+        record.about(source.folder).write(folder, sums.results(), exported.tensors, written)
 
 
 def _may_be_replaced(folder: Path) -> bool:

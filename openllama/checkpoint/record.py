@@ -6,7 +6,7 @@ import hashlib
 import platform
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,12 @@ class Record:
     dtype: str | None  # the type that weights were cast to; None: each has kept its own
     left_out: dict[str, str] = field(default_factory=dict)  # name in the source -> why
     warnings: list[str] = field(default_factory=list)
+
+    def about(self, source: Path) -> Record:
+        """The same, with the name of the folder ``source`` in place of its full path in the warnings."""
+        if not source.is_absolute():
+            return self
+        return replace(self, warnings=[text.replace(str(source), source.name) for text in self.warnings])
 
     def write(
         self,
