@@ -168,3 +168,22 @@ def test_a_source_that_is_replaced_meanwhile_is_refused(source: Path, tmp_path: 
     with pytest.raises(CorruptCheckpointError, match="was changed while it was read"):
         convert(source, tmp_path / "native", progress=False)
     assert not (tmp_path / "native").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "*.bin"])
+def test_a_source_that_is_replaced_before_it_is_read_is_refused(
+    source: Path, tmp_path: Path, monkeypatch: Any, name: str
+) -> None:
+    """Its weights would be those of the old files, its record and its tokenizer those of the new ones."""
+    [file, *_] = source.glob(name)
+    export = convert_module.export
+
+    def replacing(*arguments: Any) -> Any:
+        (tmp_path / "copy").write_bytes(file.read_bytes())
+        (tmp_path / "copy").replace(file)
+        return export(*arguments)
+
+    monkeypatch.setattr(convert_module, "export", replacing)
+    with pytest.raises(CorruptCheckpointError, match="was changed while it was read"):
+        convert(source, tmp_path / "native", progress=False)
+    assert not (tmp_path / "native").exists()

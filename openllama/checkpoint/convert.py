@@ -108,10 +108,11 @@ def _fill_folder(
     folder: Path, source: Checkpoint, exported: Export, record: Record, max_shard_size: int | str, progress: bool
 ) -> None:
     """Write all files of a converted checkpoint, conversion.json last."""
-    copy_small(source.folder, folder, COPIED)
-    exported.write_files(folder)
     total = sum(tensor.nbytes for tensor in exported.tensors.values())
     with SourceFiles(source.files) as files, SourceSums(source.files) as sums:
+        source.check_unchanged()
+        copy_small(source.folder, folder, COPIED)
+        exported.write_files(folder)
         written = write_weights(
             folder,
             exported.tensors,

@@ -119,6 +119,7 @@ def write_gguf(
         finished_file(dst) as path,
         closing(shown),
     ):
+        source.check_unchanged()
         _check_destination(dst, overwrite)  # again: it may have been written since
         check_space(path.parent, total)
         file = _File(gguf, path, fields, entries, files, shown)
