@@ -109,6 +109,9 @@ def test_a_folder_is_converted(tmp_path: Path, pickled: bool) -> None:
         **CONFIG, "target_modules": ["attention.q_proj"]
     }  # fmt: skip
     assert_same_tensors(open_file(tmp_path / "native/adapter_model.safetensors"), {NATIVE: tensor.half()})
+    (tmp_path / "plain").touch()
+    for path in (tmp_path / "native").iterdir():
+        assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode, path
 
 
 def test_what_is_refused_before_work(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
@@ -44,6 +45,7 @@ from tests.draw import examples
 from tests.parity.draws import configs
 from tests.sentencepieces import trained
 
+convert_module = importlib.import_module("openllama.checkpoint.convert")
 CONFIG = tiny_config(extra={"torch_dtype": "float16", "transformers_version": "4.31.0"})
 TOKENIZER = trained("no bytes", model_type="word", vocab_size=12)
 CONTENTS = {
@@ -261,6 +263,21 @@ def test_destination_that_exists(source: Path, tmp_path: Path) -> None:
     names = {path.name for path in (tmp_path / "native").iterdir()}
     ours = {"config.json", "model.safetensors", "conversion.json", *COPIED} - {"added_tokens.json"}
     assert names == {*ours, "notes.txt"}
+
+
+def test_a_destination_that_appears_before_work_begins_is_kept(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export = convert_module.export
+
+    def slow(*arguments: Any) -> Any:
+        shutil.copytree(source, tmp_path / "native")
+        return export(*arguments)
+
+    monkeypatch.setattr(convert_module, "export", slow)
+    with pytest.raises(DestinationExistsError, match="--overwrite"):
+        run(source, tmp_path / "native")
+    assert tree(tmp_path / "native") == tree(source)
 
 
 def test_folder_that_is_no_checkpoint_is_not_replaced(source: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from openllama.checkpoint.files import open_file
@@ -90,10 +90,11 @@ def convert_adapter(
     }  # small enough for memory
     if dtype == torch.float16 and (large := [name for name, tensor in tensors.items() if tensor.isinf().any()]):
         raise CorruptCheckpointError(f"{listed(large)}: numbers too large for float16 (above 65504); use bfloat16")
-    with finished_folder(dst, (ADAPTER_CONFIG, *ADAPTER_FILES, *TOKENIZER_FILES)) as folder:
+    with finished_folder(dst, (ADAPTER_CONFIG, *ADAPTER_FILES, *TOKENIZER_FILES), overwrite) as folder:
         write_json(folder / ADAPTER_CONFIG, config)
         copy_small(src, folder, TOKENIZER_FILES)
-        save_file(tensors, folder / ADAPTER_FILES[0], metadata={"format": "pt"})
+        # save_file would make a file that only its owner can read.
+        (folder / ADAPTER_FILES[0]).write_bytes(save(tensors, metadata={"format": "pt"}))
         written = open_file(folder / ADAPTER_FILES[0])
         if wrong := [name for name, tensor in tensors.items() if not is_copy(written[name], tensor)]:
             raise CorruptCheckpointError(f"{dst}: {wrong[0]} differs when read again; is the disk or memory failing?")

@@ -100,7 +100,7 @@ def convert(
         warnings += remarks(weights, source.config)
         dtype_after = None if cast_to is None else dtype_name(cast_to)
         record = Record(to, dtype_after, _left_out(source, chosen, weights), warnings)  # warnings may still come
-        with finished_folder(dst, REPLACED, resume=True) as folder:
+        with finished_folder(dst, REPLACED, overwrite, resume=True) as folder:
             _fill_folder(folder, source, exported, record, max_shard_size or SHARD_SIZE, progress)
 
 
