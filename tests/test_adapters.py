@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,35 @@ def test_configurations_are_renamed_both_ways(field: str, hf: Any, native: Any) 
 def test_targets_that_would_mean_other_modules_are_refused(targets: Any) -> None:
     with pytest.raises(KeyMismatchError, match=r"target_modules: .*(cannot be translated|not a regular expression)"):
         rename_config({"target_modules": targets}, "hf")
+
+
+@pytest.mark.parametrize("regex", [
+    "(.+)+x", "(.|..)*x", "(?:a?){60}x", r"(.+)\1\1x", "(?=.*)x", "(m|mo|.)?" * 12, r"\w?" * 40, ".*" * 9, "a" * 9999,
+])  # fmt: skip
+def test_regular_expressions_that_may_run_for_ever_are_refused(regex: str) -> None:
+    started = time.monotonic()
+    for config in ({"target_modules": regex}, {"rank_pattern": {regex: 4}}):
+        with pytest.raises(KeyMismatchError, match="could take too long"):
+            rename_config(config, "native")
+    assert time.monotonic() - started < 2
+
+
+def test_many_regular_expressions_are_refused_where_one_is_not(tmp_path: Path) -> None:
+    rename_config({"rank_pattern": {".*mlp.*": 4}}, "native")
+    with pytest.raises(KeyMismatchError, match="not many of them"):
+        rename_config({"rank_pattern": {f".*{number}.*": 4 for number in range(999)}}, "native")
+    adapter(tmp_path / "hf", {HF: torch.zeros(1)}, modules_to_save=["x"] * 1001)
+    with pytest.raises(CorruptCheckpointError, match="modules_to_save names more than 1,000 modules"):
+        convert_adapter(tmp_path / "hf", tmp_path / "native")
+
+
+@pytest.mark.parametrize("regex", [
+    r".*\.layers\.(1|2|1\d)\.(?:self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj", ".*mlp.*", ".+_proj$",
+    r".*[kv]_?proj?.*",
+])  # fmt: skip
+def test_usual_regular_expressions_are_read(regex: str) -> None:
+    native = regex.replace("self_attn", "attention")
+    assert rename_config({"target_modules": regex}, "native") == {"target_modules": native}
 
 
 def test_modules_of_another_model_are_refused() -> None:
