@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openllama.checkpoint.archives import check_sums, is_archive
 from openllama.checkpoint.export import check_llama, llama_tensors
 from openllama.checkpoint.folders import check_space, finished_file
 from openllama.checkpoint.meta import Assembled
@@ -115,7 +116,7 @@ def write_gguf(
     shown = ShownProgress(total) if progress else Progress()
     with (
         SourceFiles(source.files) as files,
-        SourceSums(source.files) as sums,
+        SourceSums(filter(is_archive, source.files), check_sums) as sums,
         finished_file(dst) as path,
         closing(shown),
     ):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -40,7 +40,7 @@ class Record:
     def write(
         self,
         folder: Path,
-        source: Mapping[str, Mapping[str, int | str]],
+        source: Mapping[str, Mapping[str, int | str | None]],
         tensors: Mapping[str, Source],
         written: Mapping[str, Written],
     ) -> None:
@@ -65,13 +65,18 @@ def _counts(written: Written) -> dict[str, int]:
 
 
 class SourceSums:
-    """The SHA-256 of files, computed by a thread while others read the same files, so that they are in memory."""
+    """The SHA-256 of files, computed by a thread while others read the same files, so that they are in memory.
 
-    def __init__(self, files: Iterable[Path]) -> None:
+    ``read`` may be ``check_sums``, where only damage is asked for.
+    """
+
+    def __init__(
+        self, files: Iterable[Path], read: Callable[[Path, Callable[[], bool]], str | None] = checked_sha256
+    ) -> None:
         self.files = tuple(files)
         self.stopped = False
         self.thread = ThreadPoolExecutor(1)
-        self.sums = [self.thread.submit(checked_sha256, file, self._go_on) for file in self.files]
+        self.sums = [self.thread.submit(read, file, self._go_on) for file in self.files]
 
     def __enter__(self) -> SourceSums:
         return self
@@ -80,7 +85,7 @@ class SourceSums:
         self.stopped = True
         self.thread.shutdown(cancel_futures=True)
 
-    def results(self) -> dict[str, dict[str, int | str]]:
+    def results(self) -> dict[str, dict[str, int | str | None]]:
         """Size and SHA-256 by the files' names; raises ``CorruptCheckpointError`` for one that is damaged."""
         pairs = zip(self.files, self.sums, strict=True)
         return {file.name: {"bytes": file.stat().st_size, "sha256": of.result()} for file, of in pairs}

@@ -15,7 +15,7 @@ from openllama.checkpoint.export import folded
 from openllama.checkpoint.names import EMBEDDING, dtype_name, select
 from openllama.checkpoint.pieces import Source, as_dtype, is_copy, pieces
 from openllama.checkpoint.reader import open_checkpoint
-from openllama.checkpoint.record import check_record
+from openllama.checkpoint.record import SourceSums, check_record
 from openllama.checkpoint.writer import RECORD_FILE
 from openllama.config import CONFIG_FILE, OpenLlamaConfig
 from openllama.errors import CheckpointError, CorruptCheckpointError, KeyMismatchError, listed
@@ -59,10 +59,10 @@ def verify(
     """
     checkpoint = open_checkpoint(path, config)
     tensors = select(checkpoint.tensors, checkpoint.config).tensors
-    for file in filter(is_archive, checkpoint.files):
-        check_sums(file)
-    recorded = checkpoint.path.is_dir() and check_record(checkpoint.folder, checkpoint.tensors)
-    broken = [name for name, tensor in tensors.items() if not all(p.isfinite().all() for p in pieces(tensor))]
+    with SourceSums(filter(is_archive, checkpoint.files), check_sums) as sums:
+        recorded = checkpoint.path.is_dir() and check_record(checkpoint.folder, checkpoint.tensors)
+        broken = [name for name, tensor in tensors.items() if not all(p.isfinite().all() for p in pieces(tensor))]
+        sums.results()
     if broken:
         raise CorruptCheckpointError(f"{path} holds NaN or infinity in {listed(broken)}")
     is_folded, rounded_to, rounding = False, None, None
