@@ -160,6 +160,16 @@ def test_what_is_refused_before_work(tmp_path: Path) -> None:
     assert not (tmp_path / "native").exists()
 
 
+def test_a_damaged_adapter_gives_no_result(tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "hf", {HF: torch.full((2, 8), 1.5)}, pickled=True)
+    content = (folder / "adapter_model.bin").read_bytes()
+    number = torch.full((1,), 1.5).numpy().tobytes()
+    (folder / "adapter_model.bin").write_bytes(content.replace(number, torch.full((1,), 3.0).numpy().tobytes(), 1))
+    with pytest.raises(CorruptCheckpointError, match="CRC-32"):
+        convert(folder, tmp_path / "native")
+    assert not (tmp_path / "native").exists()
+
+
 @pytest.mark.parametrize(("field", "value"), [
     ("target_modules", 5), ("target_modules", [1]), ("rank_pattern", [1]), ("modules_to_save", {"a": 1}),
 ])  # fmt: skip

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from openllama.checkpoint.archives import check_sums, is_archive
 from openllama.checkpoint.files import open_file
 from openllama.checkpoint.folders import check_places, copy_small, finished_folder
 from openllama.checkpoint.names import HF_TO_NATIVE, PREFIX, Layout, floating_dtype
@@ -94,6 +95,8 @@ def convert_adapter(
     config = read_json(src / ADAPTER_CONFIG, CorruptCheckpointError)
     check_adapter_config(config, src / ADAPTER_CONFIG)
     config = rename_config(config, layout)
+    if is_archive(file):
+        check_sums(file)
     tensors = {
         name: tensor.to(dtype).clone(memory_format=torch.contiguous_format)
         for name, tensor in rename_adapter(open_file(file), layout).items()
@@ -167,7 +170,7 @@ def rename_config(config: Mapping[str, Any], to: Layout) -> dict[str, Any]:
 
 def _check_regexes(field: str, regexes: Iterable[str]) -> None:
     """Raise ``KeyMismatchError`` unless matching all of them takes bounded time."""
-    ways = 0
+    ways = 0.0
     for regex in regexes:
         ways += _ways(regex)
         if ways > MAX_WAYS:
