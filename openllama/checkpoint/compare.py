@@ -63,7 +63,7 @@ class Difference:
     tensors: int
     numbers: int
     different: int  # numbers whose values are not the same bits in the wider of the two types
-    max_error: float  # largest |b - a|
+    max_error: float  # largest |b - a|; NaN if only one of a and b is
     error_squares: float  # sum of (b - a)^2
     squares: float  # sum of a^2
 
@@ -78,7 +78,7 @@ class Difference:
             tensors=self.tensors + other.tensors,
             numbers=self.numbers + other.numbers,
             different=self.different + other.different,
-            max_error=max(self.max_error, other.max_error),
+            max_error=_largest(self.max_error, other.max_error),
             error_squares=self.error_squares + other.error_squares,
             squares=self.squares + other.squares,
         )
@@ -221,7 +221,7 @@ def _difference(name: str, mine: Source, theirs: Source) -> Difference:
     parts = [_errors(a, b) for a, b in zip(pieces(mine), pieces(theirs), strict=True)]
     different, max_errors, error_squares, squares = zip(*parts, strict=True)
     dtypes = dtype_name(mine.dtype), dtype_name(theirs.dtype)
-    sums = sum(different), max(max_errors), sum(error_squares), sum(squares)
+    sums = sum(different), _largest(*max_errors), sum(error_squares), sum(squares)
     return Difference(name, dtypes, 1, mine.shape.numel(), *sums)
 
 
@@ -234,3 +234,8 @@ def _errors(a: Tensor, b: Tensor) -> tuple[int, float, float, float]:
     error = error.masked_fill(a.isnan() & b.isnan(), 0)
     squares = float(a.square().sum(dtype=torch.float64))
     return different, float(error.max()) if different else 0.0, float(error.square().sum(dtype=torch.float64)), squares
+
+
+def _largest(*values: float) -> float:
+    """The largest value; NaN if there is one, which ``max`` may lose."""
+    return max(values, key=lambda value: (math.isnan(value), value))
