@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,35 @@ def test_targets_that_would_mean_other_modules_are_refused(targets: Any) -> None
         rename_config({"target_modules": targets}, "hf")
 
 
+@pytest.mark.parametrize("regex", [
+    "(.+)+x", "(.|..)*x", "(?:a?){60}x", r"(.+)\1\1x", "(?=.*)x", "(m|mo|.)?" * 12, r"\w?" * 40, ".*" * 9, "a" * 9999,
+])  # fmt: skip
+def test_regular_expressions_that_may_run_for_ever_are_refused(regex: str) -> None:
+    started = time.monotonic()
+    for config in ({"target_modules": regex}, {"rank_pattern": {regex: 4}}):
+        with pytest.raises(KeyMismatchError, match="could take too long"):
+            rename_config(config, "native")
+    assert time.monotonic() - started < 2
+
+
+def test_many_regular_expressions_are_refused_where_one_is_not(tmp_path: Path) -> None:
+    rename_config({"rank_pattern": {".*mlp.*": 4}}, "native")
+    with pytest.raises(KeyMismatchError, match="not many of them"):
+        rename_config({"rank_pattern": {f".*{number}.*": 4 for number in range(999)}}, "native")
+    adapter(tmp_path / "hf", {HF: torch.zeros(1)}, modules_to_save=["x"] * 1001)
+    with pytest.raises(CorruptCheckpointError, match="modules_to_save names more than 1,000 modules"):
+        convert_adapter(tmp_path / "hf", tmp_path / "native")
+
+
+@pytest.mark.parametrize("regex", [
+    r".*\.layers\.(1|2|1\d)\.(?:self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj", ".*mlp.*", ".+_proj$",
+    r".*[kv]_?proj?.*",
+])  # fmt: skip
+def test_usual_regular_expressions_are_read(regex: str) -> None:
+    native = regex.replace("self_attn", "attention")
+    assert rename_config({"target_modules": regex}, "native") == {"target_modules": native}
+
+
 def test_modules_of_another_model_are_refused() -> None:
     with pytest.raises(KeyMismatchError, match=r"not of a module of an Open-Llama \(1\): .*\.c_attn"):
         rename_adapter(
@@ -109,6 +139,9 @@ def test_a_folder_is_converted(tmp_path: Path, pickled: bool) -> None:
         **CONFIG, "target_modules": ["attention.q_proj"]
     }  # fmt: skip
     assert_same_tensors(open_file(tmp_path / "native/adapter_model.safetensors"), {NATIVE: tensor.half()})
+    (tmp_path / "plain").touch()
+    for path in (tmp_path / "native").iterdir():
+        assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode, path
 
 
 def test_what_is_refused_before_work(tmp_path: Path) -> None:
@@ -124,6 +157,16 @@ def test_what_is_refused_before_work(tmp_path: Path) -> None:
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(CheckpointNotFoundError, match=r"none of adapter_model\.safetensors"):
         convert_adapter(folder, tmp_path / "native")
+    assert not (tmp_path / "native").exists()
+
+
+def test_a_damaged_adapter_gives_no_result(tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "hf", {HF: torch.full((2, 8), 1.5)}, pickled=True)
+    content = (folder / "adapter_model.bin").read_bytes()
+    number = torch.full((1,), 1.5).numpy().tobytes()
+    (folder / "adapter_model.bin").write_bytes(content.replace(number, torch.full((1,), 3.0).numpy().tobytes(), 1))
+    with pytest.raises(CorruptCheckpointError, match="CRC-32"):
+        convert(folder, tmp_path / "native")
     assert not (tmp_path / "native").exists()
 
 
@@ -152,5 +195,6 @@ def test_a_model_is_not_replaced_by_an_adapter_and_large_numbers_stay_finite(tmp
 def test_options_for_models_are_refused_for_adapters(tmp_path: Path) -> None:
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     adapter(tmp_path / "hf", {name: torch.ones(2, 8)}, target_modules=["q_proj"])
-    with pytest.raises(InputError, match="--ignore"):
-        convert(tmp_path / "hf", tmp_path / "native", ignore=["*"])
+    for options in ({"ignore": ["*"]}, {"max_shard_size": "1GB"}):
+        with pytest.raises(InputError, match=r"--ignore.*--max-shard-size"):
+            convert(tmp_path / "hf", tmp_path / "native", **options)

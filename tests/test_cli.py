@@ -21,7 +21,7 @@ from openllama import OpenLlamaConfig, OpenLlamaForCausalLM
 from openllama.cli import main
 from openllama.tokenizer import OpenLlamaTokenizer
 from tests.checkpoints import hf_weights, tiny_config, write_checkpoint
-from tests.sentencepieces import trained
+from tests.sentencepieces import TINY_CHECKPOINT, trained
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +100,14 @@ def test_verify_compares_logits(capsys, folder, tmp_path):
     code, _, err = run(capsys, "verify", folder, "--logits")
     assert code == 1
     assert "--against" in err
+
+
+def test_verify_compares_a_plain_llama_with_the_open_llama_that_it_was_made_from(capsys, tmp_path):
+    assert run(capsys, "convert", TINY_CHECKPOINT, tmp_path / "llama", "--to", "llama")[0] == 0
+    code, out, _ = run(capsys, "verify", tmp_path / "llama", "--against", TINY_CHECKPOINT, "--logits")
+    assert code == 0
+    assert f"bit for bit equal to {TINY_CHECKPOINT} as a plain LLaMA rounded to bfloat16" in out
+    assert "largest difference 0, mean 0" in out
 
 
 def test_verify_fails_on_another_models_weights(capsys, folder, tmp_path):

@@ -110,6 +110,17 @@ def test_infinities_and_nan_that_both_have_are_no_errors() -> None:
     assert (found.different, found.max_error) == (1, 0.5)
 
 
+@pytest.mark.parametrize("place", range(3))
+def test_nan_in_any_place_is_the_largest_error(monkeypatch: pytest.MonkeyPatch, place: int) -> None:
+    monkeypatch.setattr(module, "PIECE", 1)
+    a = {f"model.layers.{i}.mlp.up_proj.weight": torch.zeros(3) for i in range(3)}
+    b = {name: torch.tensor([1.0, 2.0, 3.0]) for name in a}
+    b[f"model.layers.{place}.mlp.up_proj.weight"][place] = math.nan
+    found = compare(a, b)
+    assert math.isnan(found.weights[place].max_error)
+    assert found.table().splitlines()[1].split()[4] == "nan"
+
+
 def test_a_checkpoint_that_is_not_whole_is_refused(tmp_path: Path) -> None:
     weights = native_weights(CONFIG)
     write_checkpoint(tmp_path / "a", weights, CONFIG)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -43,6 +45,7 @@ from tests.draw import examples
 from tests.parity.draws import configs
 from tests.sentencepieces import trained
 
+convert_module = importlib.import_module("openllama.checkpoint.convert")
 CONFIG = tiny_config(extra={"torch_dtype": "float16", "transformers_version": "4.31.0"})
 TOKENIZER = trained("no bytes", model_type="word", vocab_size=12)
 CONTENTS = {
@@ -171,24 +174,24 @@ def test_two_formats_in_one_folder(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
 @pytest.mark.parametrize("cast", [None, "bfloat16", "float64"])
-def test_nan_and_infinity_in_the_source(tmp_path: Path, dtype: str, cast: Any) -> None:
+def test_nan_and_infinity_in_the_source(source: Path, tmp_path: Path, dtype: str, cast: Any) -> None:
     weights = {name: tensor.to(getattr(torch, dtype)) for name, tensor in native_weights(CONFIG).items()}
     weights["model.layers.0.mlp.up_proj.weight"][3, 2] = float("nan")
     weights["model.norm.weight"][1:3] = torch.tensor([float("inf"), float("-inf")])
-    write_checkpoint(tmp_path / "source", weights, CONFIG)
+    write_checkpoint(source, weights, CONFIG)
     named = r"NaN or infinity.*: model\.layers\.0\.mlp\.up_proj\.weight \(1\), model\.norm\.weight \(2\)$"
     with pytest.warns(UserWarning, match=named) as caught:
-        run(tmp_path / "source", tmp_path / "native", dtype=cast)
+        run(source, tmp_path / "native", dtype=cast)
     assert len(caught) == 1
 
 
-def test_large_numbers_are_not_infinite(tmp_path: Path) -> None:
+def test_large_numbers_are_not_infinite(source: Path, tmp_path: Path) -> None:
     weights = native_weights(CONFIG)
     weights["model.layers.0.mlp.up_proj.weight"].fill_(3e38)  # their sum is
-    write_checkpoint(tmp_path / "source", weights, CONFIG)
+    write_checkpoint(source, weights, CONFIG)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        run(tmp_path / "source", tmp_path / "native")
+        run(source, tmp_path / "native")
 
 
 @pytest.mark.parametrize(("content", "message"), [
@@ -207,6 +210,23 @@ def test_a_tokenizer_that_is_not_sentencepiece_s(source: Path, tmp_path: Path) -
     (source / "tokenizer.model").rename(source / "tokenizer.json")
     with pytest.warns(UserWarning, match=r"has tokenizer\.json but no tokenizer\.model: the result has no tokenizer"):
         run(source, tmp_path / "native")
+
+
+@pytest.mark.parametrize("to", ["native", "hf", "llama"])
+def test_a_folder_without_a_tokenizer(source: Path, tmp_path: Path, to: str) -> None:
+    for file in source.glob("*token*"):
+        file.unlink()
+    said = r"source has no tokenizer\.model: the result has no tokenizer"
+    with pytest.warns(UserWarning, match=said):
+        run(source, tmp_path / to, to=to)
+    assert re.search(said, str(json.loads((tmp_path / to / "conversion.json").read_text())["warnings"]))
+
+
+def test_a_file_of_weights_needs_no_tokenizer(tmp_path: Path) -> None:
+    torch.save(hf_weights(CONFIG), tmp_path / "raw.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(tmp_path / "raw.pt", tmp_path / "native", config=CONFIG)
 
 
 def test_a_tokenizer_larger_than_the_vocabulary(source: Path, tmp_path: Path) -> None:
@@ -243,6 +263,21 @@ def test_destination_that_exists(source: Path, tmp_path: Path) -> None:
     names = {path.name for path in (tmp_path / "native").iterdir()}
     ours = {"config.json", "model.safetensors", "conversion.json", *COPIED} - {"added_tokens.json"}
     assert names == {*ours, "notes.txt"}
+
+
+def test_a_destination_that_appears_before_work_begins_is_kept(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export = convert_module.export
+
+    def slow(*arguments: Any) -> Any:
+        shutil.copytree(source, tmp_path / "native")
+        return export(*arguments)
+
+    monkeypatch.setattr(convert_module, "export", slow)
+    with pytest.raises(DestinationExistsError, match="--overwrite"):
+        run(source, tmp_path / "native")
+    assert tree(tmp_path / "native") == tree(source)
 
 
 def test_folder_that_is_no_checkpoint_is_not_replaced(source: Path, tmp_path: Path) -> None:
@@ -298,9 +333,12 @@ def test_an_error_leaves_nothing_behind(
     assert sorted(path.name for path in tmp_path.iterdir()) == (["native", "source"] if exists else ["source"])
 
 
-@pytest.mark.parametrize("wrong", [{"to": "onnx"}, {"max_shard_size": "4kbb"}, {"dtype": "int3"}, {"dtype": "q8_0"}])
+@pytest.mark.parametrize("wrong", [
+    {"to": "onnx"}, {"max_shard_size": "4kbb"}, {"max_shard_size": 0}, {"dtype": "int3"}, {"dtype": "q8_0"},
+    {"to": "gguf", "max_shard_size": "1GB"},
+])  # fmt: skip
 def test_arguments_are_checked_before_anything_is_read(tmp_path: Path, wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"is not one of|is not a size|is for gguf alone"):
+    with pytest.raises(ValueError, match=r"is not one of|is not a size|is for gguf alone|--max-shard-size"):
         convert(tmp_path / "absent", tmp_path / "native", **wrong)
 
 

@@ -118,6 +118,19 @@ def test_destinations(tmp_path: Path) -> None:
         check_destination(tmp_path / "x" / "notes.txt", overwrite=True)
 
 
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_destination_that_another_process_has_finished_meanwhile_is_kept(tmp_path: Path, exists: bool) -> None:
+    if exists:
+        (tmp_path / "x").mkdir()
+    check_destination(tmp_path / "x", overwrite=False)
+    with finished_folder(tmp_path / "x", OURS) as folder:
+        (folder / "config.json").write_text("of another process")
+    with pytest.raises(DestinationExistsError, match="--overwrite"), finished_folder(tmp_path / "x", OURS, False):
+        pytest.fail("work begins")
+    assert contents(tmp_path / "x") == {"config.json": "of another process"}
+    assert len(list((tmp_path / "x").iterdir())) == 1
+
+
 def test_a_lock_that_is_a_link_is_refused_and_its_target_kept(tmp_path: Path) -> None:
     make_old(tmp_path / "x")
     (tmp_path / "mine").write_text("text")

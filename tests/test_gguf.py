@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,32 @@ def test_destinations(tmp_path: Path) -> None:
     export(tmp_path / "other.gguf")
     export(tmp_path / "other.gguf", overwrite=True, dtype="q8_0")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf", "other.gguf"]
+
+
+def test_a_file_that_appears_while_the_source_is_read_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = written._entries
+
+    def slow(*arguments: Any) -> Any:
+        (tmp_path / "model.gguf").write_bytes(b"GGUF of another program")
+        return entries(*arguments)
+
+    monkeypatch.setattr(written, "_entries", slow)
+    with pytest.raises(DestinationExistsError, match="--overwrite"):
+        export(tmp_path / "model.gguf")
+    assert (tmp_path / "model.gguf").read_bytes() == b"GGUF of another program"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_damaged_source_gives_no_result(tmp_path: Path) -> None:
+    """One bit of a weight in a pickle, whose archive has a CRC-32 of it."""
+    shutil.copytree(TINY_CHECKPOINT, tmp_path / "source")
+    file = max((tmp_path / "source").glob("*.bin"), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CorruptCheckpointError, match="CRC-32"):
+        export(tmp_path / "model.gguf", tmp_path / "source")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_normalisation_is_warned_of(tmp_path: Path) -> None:

@@ -12,7 +12,11 @@ from safetensors.torch import save_file, save_model
 from torch import Tensor
 
 from openllama import OpenLlamaForCausalLM
-from openllama.checkpoint.reader import open_checkpoint, open_file
+from openllama.checkpoint import reader
+from openllama.checkpoint.files import open_file
+from openllama.checkpoint.folders import finished_folder
+from openllama.checkpoint.reader import open_checkpoint
+from openllama.checkpoint.writer import OURS
 from openllama.errors import (
     CheckpointNotFoundError,
     ConfigError,
@@ -23,6 +27,7 @@ from tests.checkpoints import (
     FORMS,
     assert_same_tensors,
     edit_index,
+    edit_json,
     hf_weights,
     native_weights,
     tiny_config,
@@ -101,6 +106,25 @@ def test_what_the_library_saves_of_a_tied_model(tmp_path: Path) -> None:
     assert_same_tensors(OpenLlamaForCausalLM.from_pretrained(tmp_path).state_dict(), model.state_dict())
 
 
+def test_a_tied_table_under_one_name_in_shards(tmp_path: Path) -> None:
+    """huggingface_hub's ``save_torch_model`` notes it in the index."""
+    weights = hf_weights(TIED)
+    table = weights.pop("model.embed_tokens.weight")
+    write_checkpoint(tmp_path, weights, TIED, "safetensors shards")
+    others = {"model.embed_tokens.weight": "lm_head.weight", "total_size": 7, "x": ["lm_head.weight"]}
+    edit_json(tmp_path / "model.safetensors.index.json", lambda content: content["metadata"].update(others))
+    assert torch.equal(open_checkpoint(tmp_path).tensors["model.embed_tokens.weight"], table)
+
+
+def test_names_do_not_make_a_file_larger_than_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(4), "b": torch.ones(2)}, path, {"c": "a", "d": "b"})
+    assert open_file(path).keys() == {"a", "b", "c", "d"}
+    save_file({"a": torch.ones(4), "b": torch.ones(2)}, path, {"c": "a", "d": "a"})
+    with pytest.raises(CorruptCheckpointError, match="2 other names"):
+        open_file(path)
+
+
 @pytest.mark.parametrize("form", ["one safetensors", "pickle shards"])
 def test_wrapped_names_in_every_format(tmp_path: Path, form: str) -> None:
     weights = {f"_fsdp_wrapped_module.{name}": tensor for name, tensor in hf_weights(CONFIG).items()}
@@ -118,8 +142,16 @@ def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFoundError, match=r"holds none of model\.safetensors"):
         open_checkpoint(tmp_path)
     write_file(tmp_path / "pytorch_model-00001-of-00002.bin", hf_weights(CONFIG))
-    with pytest.raises(CheckpointNotFoundError, match=r"it has pytorch_model-00001-of-00002\.bin.*missing index"):
+    absent = r"pytorch_model-00002-of-00002\.bin, pytorch_model\.bin\.index\.json: copy or download"
+    with pytest.raises(CheckpointNotFoundError, match=rf"it has pytorch_model-00001-of-00002\.bin without {absent}"):
         open_checkpoint(tmp_path)
+    (tmp_path / "pytorch_model-00001-of-00002.bin").rename(tmp_path / "mine.bin")
+    with pytest.raises(CheckpointNotFoundError, match=r"it has mine\.bin: pass the file itself"):
+        open_checkpoint(tmp_path)
+    with pytest.raises(
+        CorruptCheckpointError, match=r"config\.json is not an index .* pass a folder or a file of weigh"
+    ):
+        open_checkpoint(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize("form", ["pickle shards", "safetensors shards"])
@@ -127,7 +159,7 @@ def test_absent_shard(tmp_path: Path, form: str) -> None:
     write_checkpoint(tmp_path, hf_weights(CONFIG), CONFIG, form)
     (shard,) = tmp_path.glob("*-00002-of-00003.*")
     shard.unlink()
-    with pytest.raises(CheckpointNotFoundError, match=rf"names {shard.name}"):
+    with pytest.raises(CheckpointNotFoundError, match=rf"names {shard.name}, .* \(1 of 3\): copy or download"):
         open_checkpoint(tmp_path)
 
 
@@ -182,3 +214,45 @@ def test_wrapped_names_in_the_shards_of_an_index(tmp_path: Path) -> None:
     wrapped = {f"module._orig_mod.{name}": tensor for name, tensor in hf_weights(CONFIG).items()}
     write_checkpoint(tmp_path, wrapped, CONFIG, "pickle shards")
     assert_same_tensors(open_checkpoint(tmp_path).tensors, hf_weights(CONFIG))
+
+
+# ---- a folder that another program replaces
+
+
+class Replacing:
+    """Replaces the model in a folder, config and weights, just before a file of it is opened."""
+
+    def __init__(self, folder: Path, times: int) -> None:
+        self.folder, self.left = folder, times
+
+    def __call__(self, file: Path) -> dict[str, Tensor]:
+        if self.left:
+            self.left -= 1
+            with finished_folder(self.folder, OURS) as new:
+                write_checkpoint(new, native_weights(NEW, seed=self.left + 1), NEW, "one safetensors")
+        return open_file(file)
+
+
+NEW = tiny_config(rms_norm_eps=0.5)
+
+
+def test_a_folder_that_is_replaced_is_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path, native_weights(CONFIG), CONFIG, "one safetensors")
+    monkeypatch.setattr(reader, "open_file", Replacing(tmp_path, 1))
+    found = open_checkpoint(tmp_path)
+    assert found.config.rms_norm_eps == 0.5
+    assert_same_tensors(found.tensors, native_weights(NEW, seed=1))
+
+
+def test_a_folder_that_becomes_another_model_is_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old index names files that are gone."""
+    write_checkpoint(tmp_path, native_weights(CONFIG), CONFIG, "safetensors shards")
+    monkeypatch.setattr(reader, "open_file", Replacing(tmp_path, 1))
+    assert_same_tensors(open_checkpoint(tmp_path).tensors, native_weights(NEW, seed=1))
+
+
+def test_a_folder_that_is_replaced_again_and_again_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path, native_weights(CONFIG), CONFIG, "one safetensors")
+    monkeypatch.setattr(reader, "open_file", Replacing(tmp_path, 9))
+    with pytest.raises(CorruptCheckpointError, match="was changed while it was read"):
+        open_checkpoint(tmp_path)

@@ -18,6 +18,7 @@ from openllama.checkpoint import convert, verify
 from openllama.checkpoint.record import RECORD_FILE, SourceSums
 from openllama.errors import CorruptCheckpointError, heard, warn
 from tests.checkpoints import hf_weights, native_weights, tiny_config, write_checkpoint
+from tests.sentencepieces import trained, write_folder
 
 CONFIG = tiny_config()
 NORM = "model.norm.weight"
@@ -28,7 +29,8 @@ convert_module = importlib.import_module("openllama.checkpoint.convert")
 def source_folder(tmp_path: Path) -> Path:
     weights = hf_weights(CONFIG)
     weights["model.embed_tokens.weight"][CONFIG.padding_idx] = 0
-    return write_checkpoint(tmp_path / "hf", weights, CONFIG, "pickle shards")
+    folder = write_checkpoint(tmp_path / "hf", weights, CONFIG, "pickle shards")
+    return write_folder(folder, trained("no bytes", model_type="word", vocab_size=12))
 
 
 def record_of(folder: Path) -> dict[str, Any]:
@@ -69,7 +71,10 @@ def test_a_record_says_what_is_unusual(tmp_path: Path) -> None:
     assert found["left_out"]["extra.weight"] == "was to be ignored"
     assert found["weights"][NORM]["not_finite"] == 1
     assert found["weights"]["model.layers.0.mlp.up_proj.weight"]["subnormal"] >= 2
-    assert {str(warning.message) for warning in shown} >= {text for text in found["warnings"] if "row" not in text}
+    said = {str(warning.message).replace(f"{tmp_path}/", "") for warning in shown}
+    assert said >= {text for text in found["warnings"] if "row" not in text}
+    assert "hf has no tokenizer.model" in str(found["warnings"])
+    assert str(tmp_path) not in str(found), "a record tells nothing about the machine"
     assert any("of pad_token_id, is not zero" in text for text in found["warnings"])
 
 
@@ -160,6 +165,25 @@ def test_a_source_that_is_replaced_meanwhile_is_refused(source: Path, tmp_path: 
         return write(*arguments, **options)
 
     monkeypatch.setattr(convert_module, "write_weights", replacing)
+    with pytest.raises(CorruptCheckpointError, match="was changed while it was read"):
+        convert(source, tmp_path / "native", progress=False)
+    assert not (tmp_path / "native").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "*.bin"])
+def test_a_source_that_is_replaced_before_it_is_read_is_refused(
+    source: Path, tmp_path: Path, monkeypatch: Any, name: str
+) -> None:
+    """Its weights would be those of the old files, its record and its tokenizer those of the new ones."""
+    [file, *_] = source.glob(name)
+    export = convert_module.export
+
+    def replacing(*arguments: Any) -> Any:
+        (tmp_path / "copy").write_bytes(file.read_bytes())
+        (tmp_path / "copy").replace(file)
+        return export(*arguments)
+
+    monkeypatch.setattr(convert_module, "export", replacing)
     with pytest.raises(CorruptCheckpointError, match="was changed while it was read"):
         convert(source, tmp_path / "native", progress=False)
     assert not (tmp_path / "native").exists()

@@ -177,3 +177,18 @@ def test_full_disk_says_which_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(writer, "_raw", full)
     with pytest.raises(OSError, match=r"No space left on device: '.*model\.safetensors'"):
         write_weights(tmp_path, {"a": torch.zeros(10)})
+
+
+def test_progress_is_closed_after_an_error(tmp_path: Path) -> None:
+    """Else the bar stays on the line of the terminal on which the error is printed."""
+
+    class Closed(Progress):
+        closed = False
+
+        def close(self) -> None:
+            self.closed = True
+
+    progress = Closed()
+    with pytest.raises(CheckpointError, match="too large for float16"):
+        write_weights(tmp_path, cast({"a": torch.full((2,), 1e6)}, torch.float16), progress=progress)
+    assert progress.closed

@@ -10,6 +10,8 @@ On the model of the other names it changes nothing, and peft does not say so.
 
 from __future__ import annotations
 
+import functools
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
@@ -17,9 +19,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from openllama.checkpoint.archives import check_sums, is_archive
 from openllama.checkpoint.files import open_file
 from openllama.checkpoint.folders import check_places, copy_small, finished_folder
 from openllama.checkpoint.names import HF_TO_NATIVE, PREFIX, Layout, floating_dtype
@@ -51,7 +54,15 @@ WORDS = {  # the parts of their names that differ
 }
 TABLE: dict[Layout, str] = {"hf": "embed_tokens.", "native": "embedding.tokens."}
 LISTS = ("target_modules", "modules_to_save", "exclude_modules", "feedforward_modules")  # fields of modules' names
-PATTERNS = ("rank_pattern", "alpha_pattern")  # fields that map modules' names to numbers
+PATTERNS = ("rank_pattern", "alpha_pattern")  # fields that map regular expressions of modules' names to numbers
+MAX_NAMES = 1000  # of modules in a configuration; 100 layers have 700 matrices
+MAX_REGEX = 1000  # characters
+MAX_WAYS = 300_000  # in which regular expressions may fail on a name; so many take 3 s for all modules
+LONGEST = 40  # characters of a module's name
+REGEX_PART = re.compile(  # a character or a class of them, perhaps repeated; a group, perhaps left out; an end
+    r"(?P<one>\\[.dw-]|\[\^?[\w.-]+\]|[\w.-])(?P<repeat>[*+?]?)\??|(?P<group>\((?:\?:)?|\||\)\??)|[\^$]"
+)
+DIGITS = re.compile(r"\\d|\[[\d-]+\]")
 
 
 def is_adapter(path: Path) -> bool:
@@ -86,6 +97,8 @@ def convert_adapter(
     config = read_json(src / ADAPTER_CONFIG, CorruptCheckpointError)
     check_adapter_config(config, src / ADAPTER_CONFIG)
     config = rename_config(config, layout)
+    if is_archive(file):
+        check_sums(file)
     tensors = {
         name: tensor.to(dtype).clone(memory_format=torch.contiguous_format)
         for name, tensor in rename_adapter(open_file(file), layout).items()
@@ -97,10 +110,11 @@ def convert_adapter(
         )
     if dtype == torch.float16 and (large := [name for name, tensor in tensors.items() if tensor.isinf().any()]):
         raise CorruptCheckpointError(f"{listed(large)}: numbers too large for float16 (above 65504); use bfloat16")
-    with finished_folder(dst, (ADAPTER_CONFIG, *ADAPTER_FILES, *TOKENIZER_FILES)) as folder:
+    with finished_folder(dst, (ADAPTER_CONFIG, *ADAPTER_FILES, *TOKENIZER_FILES), overwrite) as folder:
         write_json(folder / ADAPTER_CONFIG, config)
         copy_small(src, folder, TOKENIZER_FILES)
-        save_file(tensors, folder / ADAPTER_FILES[0], metadata={"format": "pt"})
+        # save_file would make a file that only its owner can read.
+        (folder / ADAPTER_FILES[0]).write_bytes(save(tensors, metadata={"format": "pt"}))
         written = open_file(folder / ADAPTER_FILES[0])
         if wrong := [name for name, tensor in tensors.items() if not is_copy(written[name], tensor)]:
             raise CorruptCheckpointError(f"{dst}: {wrong[0]} differs when read again; is the disk or memory failing?")
@@ -116,6 +130,9 @@ def check_adapter_config(config: Mapping[str, Any], path: Path) -> None:
     for field in PATTERNS:
         if not isinstance(config.get(field) or {}, dict):
             raise CorruptCheckpointError(f"{path}: {field} must map names to numbers")
+    for field in (*LISTS, *PATTERNS):
+        if not isinstance(config.get(field), str) and len(config.get(field) or ()) > MAX_NAMES:
+            raise CorruptCheckpointError(f"{path}: {field} names more than {MAX_NAMES:,} modules")
 
 
 def rename_adapter(tensors: Mapping[str, Tensor], to: Layout) -> dict[str, Tensor]:
@@ -142,11 +159,13 @@ def rename_config(config: Mapping[str, Any], to: Layout) -> dict[str, Any]:
         if value == "all-linear":
             continue
         if isinstance(value, str):
+            _check_regexes(field, [value])
             renamed[field] = _checked(field, value, to, lambda regex, module: bool(re.fullmatch(regex, module)))
         elif value:
             matches = _ends_with if field == "modules_to_save" else _is_or_ends_with
             renamed[field] = [_checked(field, str(name), to, matches) for name in value]
     for field in PATTERNS:
+        _check_regexes(field, [rf"(.*\.)?{regex}$" for regex in config.get(field) or {}])
         renamed[field] = {
             _checked(field, name, to, lambda regex, module: bool(re.match(rf"(.*\.)?{regex}$", module))): number
             for name, number in (config.get(field) or {}).items()
@@ -154,6 +173,46 @@ def rename_config(config: Mapping[str, Any], to: Layout) -> dict[str, Any]:
         if field not in config:
             del renamed[field]
     return renamed
+
+
+def _check_regexes(field: str, regexes: Iterable[str]) -> None:
+    """Raise ``KeyMismatchError`` unless matching all of them takes bounded time."""
+    ways = 0.0
+    for regex in regexes:
+        ways += _ways(regex)
+        if ways > MAX_WAYS:
+            raise KeyMismatchError(
+                f"{field}: {regex[:MAX_REGEX]!r} could take too long to match; names with ., .*, classes such as [0-7] "
+                "and alternatives such as (q|v)_proj are read, and not many of them at once: write the names of its "
+                "modules out"
+            )
+
+
+def _ways(regex: str) -> float:
+    """How often a match of ``regex`` with a module's name may go back and try again, at most; infinity for most syntax.
+
+    No group is repeated, so each part is tried once in each way of those before it: .*(b|c|d)?e has 41 * 3 * 2 ways.
+    """
+    ways, repeats, alternatives, end = 1, 0, [1], 0
+    for part in REGEX_PART.finditer(regex[: MAX_REGEX + 1]):
+        one, repeat, group = part.group("one", "repeat", "group")
+        if part.start() != end:
+            break
+        end = part.end()
+        if repeat == "?":
+            ways *= 2
+        elif repeat and DIGITS.fullmatch(one):
+            ways *= 3  # numbers of layers have two digits
+        elif repeat:
+            repeats += 1
+        elif group == "|":
+            alternatives[-1] += 1
+        elif group and group[0] == "(":
+            alternatives.append(1)
+        elif group and len(alternatives) > 1:
+            ways *= alternatives.pop() * len(group)
+    places = math.comb(LONGEST + repeats, repeats)  # where the repeated characters may end, one after the other
+    return math.inf if end < len(regex) or len(regex) > MAX_REGEX else ways * places * math.prod(alternatives)
 
 
 def _translated(text: str, to: Layout) -> str:
@@ -173,9 +232,9 @@ def _checked(field: str, name: str, to: Layout, matches: Callable[[str, str], bo
     meant = False
     for layout in ("hf", "native"):  # the adapter may have the names of ``to`` already
         try:
-            before = [matches(name, module) for module in _examples(MODULES[layout])]
-            after = [matches(renamed, module) for module in _examples(MODULES[to])]
-        except re.error as error:
+            before = [matches(name, module) for module in _examples(layout)]
+            after = [matches(renamed, module) for module in _examples(to)] if any(before) else []
+        except (re.error, RecursionError) as error:
             raise KeyMismatchError(f"{field}: {name!r} is not a regular expression: {error}") from error
         if any(before) and before == after:
             return renamed
@@ -185,9 +244,11 @@ def _checked(field: str, name: str, to: Layout, matches: Callable[[str, str], bo
     raise KeyMismatchError(f"{field}: {name!r} cannot be translated; write the names of its modules out")
 
 
-def _examples(modules: Iterable[str]) -> list[str]:
+@functools.cache
+def _examples(layout: Layout) -> list[str]:
     """The modules of the first 100 layers, with and without ``model.``."""
-    return [m.replace(".N.", f".{n}.") for m in _variants(modules) for n in range(100 if ".N." in m else 1)]
+    variants = _variants(MODULES[layout])
+    return [name.replace(".N.", f".{n}.") for name in variants for n in range(100 if ".N." in name else 1)]
 
 
 def _variants(modules: Iterable[str]) -> list[str]:

@@ -207,12 +207,12 @@ def _content(file: BinaryIO, records: Mapping[str, Record], name: str, path: Pat
 def checked_sha256(path: Path, go_on: Callable[[], bool] = lambda: True) -> str:
     """The SHA-256 of a file; ``check_sums`` is done in the same pass. Time: 1 s per GB."""
     whole = hashlib.sha256()
-    check_sums(path, whole.update, go_on)
+    check_sums(path, go_on, whole.update)
     return whole.hexdigest()
 
 
 def check_sums(
-    path: Path, use: Callable[[bytes], object] = lambda chunk: None, go_on: Callable[[], bool] = lambda: True
+    path: Path, go_on: Callable[[], bool] = lambda: True, use: Callable[[bytes], object] = lambda chunk: None
 ) -> None:
     """Read a file and compare the archives of ``torch.save`` with their own CRC-32.
 

@@ -12,9 +12,14 @@ import torch
 from torch import Tensor
 
 from openllama.checkpoint.names import dtype_name, pattern, select
-from openllama.checkpoint.pieces import as_bytes, pieces
+from openllama.checkpoint.pieces import Source, as_bytes, pieces
 from openllama.checkpoint.reader import open_checkpoint
-from openllama.config import OpenLlamaConfig
+from openllama.config import ACTIVATIONS, OpenLlamaConfig
+
+#: fields without an effect on the numbers or the texts of a trained model: of training, of new weights, of calls
+PREFERENCES = {"initializer_range", "hidden_dropout_prob", "attention_dropout_prob", "num_labels", "problem_type",
+               "use_cache", "use_memory_efficient_attention", "output_attentions", "output_hidden_states",
+               "return_dict", "extra"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Difference:
     tensors: int
     numbers: int
     different: int  # numbers whose values are not the same bits in the wider of the two types
-    max_error: float  # largest |b - a|
+    max_error: float  # largest |b - a|; NaN if only one of a and b is
     error_squares: float  # sum of (b - a)^2
     squares: float  # sum of a^2
 
@@ -73,7 +78,7 @@ class Difference:
             tensors=self.tensors + other.tensors,
             numbers=self.numbers + other.numbers,
             different=self.different + other.different,
-            max_error=max(self.max_error, other.max_error),
+            max_error=_largest(self.max_error, other.max_error),
             error_squares=self.error_squares + other.error_squares,
             squares=self.squares + other.squares,
         )
@@ -89,18 +94,20 @@ class Comparison:
     only_b: tuple[str, ...]
     misshaped: tuple[str, ...]
     weights: tuple[Difference, ...]
+    settings: tuple[str, ...] = ()  # fields of the configurations that differ, see ``differing_settings``
 
     @property
     def equal(self) -> bool:
-        """Whether both hold the same weights, of the same types, bit for bit."""
+        """Whether both hold the same weights, of the same types, bit for bit, and compute the same with them."""
         same_types = all(len(set(weight.dtypes)) == 1 for weight in self.weights)
-        lists_empty = not (self.only_a or self.only_b or self.misshaped)
+        lists_empty = not (self.only_a or self.only_b or self.misshaped or self.settings)
         return lists_empty and same_types and not any(weight.different for weight in self.weights)
 
     def __str__(self) -> str:
         if self.equal:
             return f"{self.a} and {self.b}: the same {len(self.weights)} weights, bit for bit"
-        lines = [f"only in {self.a}: {name}" for name in self.only_a]
+        lines = [f"other settings: {text}" for text in self.settings]
+        lines += [f"only in {self.a}: {name}" for name in self.only_a]
         lines += [f"only in {self.b}: {name}" for name in self.only_b]
         lines += [f"other shapes: {text}" for text in self.misshaped]
         return "\n".join((*lines, self.table()))
@@ -122,16 +129,36 @@ class Comparison:
 def diff(
     a: str | PathLike[str], b: str | PathLike[str], config: OpenLlamaConfig | str | PathLike[str] | None = None
 ) -> Comparison:
-    """Compare the weights of two checkpoints, of any layout and type, number by number.
+    """Compare the weights of two checkpoints, of any layout and type, number by number, and what they compute with.
 
     ``config`` replaces the config.json of both. Raises the errors of ``verify`` for a checkpoint that is not whole.
     """
     mine, theirs = open_checkpoint(a, config), open_checkpoint(b, config)
     weights = select(mine.tensors, mine.config), select(theirs.tensors, theirs.config)
-    return compare(weights[0].tensors, weights[1].tensors, str(a), str(b))
+    found = compare(weights[0].tensors, weights[1].tensors, str(a), str(b))
+    return replace(found, settings=tuple(differing_settings(mine.config, theirs.config)))
 
 
-def compare(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], a: str = "A", b: str = "B") -> Comparison:
+def differing_settings(a: OpenLlamaConfig, b: OpenLlamaConfig) -> list[str]:
+    """Fields by which two models with the same weights compute different things: "rms_norm_eps 1e-06 and 1e-05"."""
+    mine, theirs = _computed_with(a), _computed_with(b)
+    values = {name: (getattr(a, name), getattr(b, name)) for name in mine if mine[name] != theirs[name]}
+    return [f"{name} {one} and {other}" for name, (one, other) in values.items() if one != other]
+
+
+def _computed_with(config: OpenLlamaConfig) -> dict[str, object]:
+    """The fields of a config but for ``PREFERENCES``; one value for what can be said in two ways."""
+    is_tied = config.shared_input_output_embedding or config.tie_word_embeddings
+    return {
+        **{name: getattr(config, name) for name in config.field_names() if name not in PREFERENCES},
+        "hidden_act": ACTIVATIONS[config.hidden_act],
+        "pad_token_id": config.padding_idx,
+        "shared_input_output_embedding": is_tied,
+        "tie_word_embeddings": is_tied,
+    }
+
+
+def compare(mine: Mapping[str, Source], theirs: Mapping[str, Source], a: str = "A", b: str = "B") -> Comparison:
     """Compare weights by their full native names."""
     common = [name for name in mine if name in theirs]
     same_shape = [name for name in common if mine[name].shape == theirs[name].shape]
@@ -190,12 +217,12 @@ def _statistics(piece: Tensor) -> Statistics:
     )
 
 
-def _difference(name: str, mine: Tensor, theirs: Tensor) -> Difference:
+def _difference(name: str, mine: Source, theirs: Source) -> Difference:
     parts = [_errors(a, b) for a, b in zip(pieces(mine), pieces(theirs), strict=True)]
     different, max_errors, error_squares, squares = zip(*parts, strict=True)
     dtypes = dtype_name(mine.dtype), dtype_name(theirs.dtype)
-    sums = sum(different), max(max_errors), sum(error_squares), sum(squares)
-    return Difference(name, dtypes, 1, mine.numel(), *sums)
+    sums = sum(different), _largest(*max_errors), sum(error_squares), sum(squares)
+    return Difference(name, dtypes, 1, mine.shape.numel(), *sums)
 
 
 def _errors(a: Tensor, b: Tensor) -> tuple[int, float, float, float]:
@@ -207,3 +234,8 @@ def _errors(a: Tensor, b: Tensor) -> tuple[int, float, float, float]:
     error = error.masked_fill(a.isnan() & b.isnan(), 0)
     squares = float(a.square().sum(dtype=torch.float64))
     return different, float(error.max()) if different else 0.0, float(error.square().sum(dtype=torch.float64)), squares
+
+
+def _largest(*values: float) -> float:
+    """The largest value; NaN if there is one, which ``max`` may lose."""
+    return max(values, key=lambda value: (math.isnan(value), value))

@@ -26,7 +26,7 @@ from openllama.checkpoint.reports import (
     warn_of_numbers,
 )
 from openllama.checkpoint.source import SourceFiles
-from openllama.checkpoint.writer import OURS, Resume, parse_size, write_weights
+from openllama.checkpoint.writer import OURS, SHARD_SIZE, Resume, parse_size, write_weights
 from openllama.config import CONFIG_FILE, OpenLlamaConfig
 from openllama.errors import InputError, heard
 from openllama.tokenizer.files import ALL_FILES as TOKENIZER_FILES
@@ -45,7 +45,7 @@ def convert(
     dtype: torch.dtype | str | None = None,
     ignore: Collection[str] = (),
     revision: str | None = None,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> None:
@@ -58,7 +58,8 @@ def convert(
     LLaMA with the stable embedding folded in, for current transformers and others, all of them folders; "gguf" is one
     file, DST.gguf, for llama.cpp. ``config`` replaces the config.json of ``src``. ``dtype`` (e.g. "bfloat16", for gguf
     also "q8_0") casts the weights; None keeps every bit. ``ignore``: shell patterns of weights to leave out. The files
-    of the tokenizer and of the generation config are copied. Tensors are processed in pieces, so memory use does not
+    of the tokenizer and of the generation config are copied. ``max_shard_size``: of the largest file, 5 GB if None; not
+    for gguf and adapters, which are one file. Tensors are processed in pieces, so memory use does not
     grow with the model. Each file is read back from the disk and compared before the result appears as ``dst``; after
     an error ``dst`` is unchanged. After Ctrl-C, ``SystemExit`` or a kill, the next call with the same arguments keeps
     the files that are verified.
@@ -70,15 +71,21 @@ def convert(
         raise InputError(f"dtype {Q8_0} is for gguf alone, not for {to}")
     if to not in (*FORMS, "gguf"):
         raise InputError(f"{to!r} is not one of {', '.join(FORMS)}, gguf")
-    parse_size(max_shard_size)
+    if max_shard_size is not None:
+        parse_size(max_shard_size)
+        if to == "gguf":
+            raise InputError("gguf is one file: max_shard_size (--max-shard-size) is for folders")
     cast_to = None if dtype == Q8_0 else floating_dtype(dtype)
     dst = Path(dst).expanduser()
     if to != "gguf" and not local_path(src).exists():
         check_destination(dst, overwrite)  # before a download
     src = fetch(src, revision)
     if is_adapter(src):
-        if ignore or config is not None:
-            raise InputError(f"{src} is an adapter: ignore (--ignore) and config (--config) are for models")
+        if ignore or config is not None or max_shard_size is not None:
+            raise InputError(
+                f"{src} is an adapter: ignore (--ignore), config (--config) and max_shard_size (--max-shard-size) are "
+                "for models"
+            )
         return convert_adapter(src, dst, to, dtype=dtype, overwrite=overwrite)
     with heard() as warnings:
         source = open_checkpoint(src, config)
@@ -87,24 +94,25 @@ def convert(
         if to == "gguf":
             return write_gguf(source, weights, dst, dtype=dtype, overwrite=overwrite, progress=progress)
         check_places(src, dst, overwrite, _may_be_replaced, "not a checkpoint")
-        check_tokenizer(source.folder, source.config.vocab_size)
+        check_tokenizer(source.folder, source.config.vocab_size, is_needed=source.path.is_dir())
         check_generation_config(source.folder)
         exported = export(to, weights, source.config, cast_to, source.folder)
         warnings += remarks(weights, source.config)
         dtype_after = None if cast_to is None else dtype_name(cast_to)
         record = Record(to, dtype_after, _left_out(source, chosen, weights), warnings)  # warnings may still come
-        with finished_folder(dst, REPLACED, resume=True) as folder:
-            _fill_folder(folder, source, exported, record, max_shard_size, progress)
+        with finished_folder(dst, REPLACED, overwrite, resume=True) as folder:
+            _fill_folder(folder, source, exported, record, max_shard_size or SHARD_SIZE, progress)
 
 
 def _fill_folder(
     folder: Path, source: Checkpoint, exported: Export, record: Record, max_shard_size: int | str, progress: bool
 ) -> None:
     """Write all files of a converted checkpoint, conversion.json last."""
-    copy_small(source.folder, folder, COPIED)
-    exported.write_files(folder)
     total = sum(tensor.nbytes for tensor in exported.tensors.values())
     with SourceFiles(source.files) as files, SourceSums(source.files) as sums:
+        source.check_unchanged()
+        copy_small(source.folder, folder, COPIED)
+        exported.write_files(folder)
         written = write_weights(
             folder,
             exported.tensors,
@@ -116,7 +124,7 @@ def _fill_folder(
         )
         files.check_unchanged()
         warn_of_numbers(written)
-        record.write(folder, sums.results(), exported.tensors, written)
+        record.about(source.folder).write(folder, sums.results(), exported.tensors, written)
 
 
 def _may_be_replaced(folder: Path) -> bool:

@@ -20,10 +20,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openllama.checkpoint.names import LM_HEAD, PREFIX, Head, Weights, native_to_hf
-from openllama.checkpoint.pieces import Computed, Source, cast
+from openllama.checkpoint.names import (
+    EMBEDDING,
+    HF_TO_NATIVE,
+    LM_HEAD,
+    PREFIX,
+    Head,
+    Weights,
+    native_to_hf,
+    translate,
+    without_numbers,
+)
+from openllama.checkpoint.pieces import Computed, Source, as_dtype, cast
 from openllama.config import CONFIG_FILE, MODEL_TYPE, NATIVE_TYPE, OpenLlamaConfig, write_json
 from openllama.errors import ConfigError, InputError
+from openllama.model import StableEmbedding
 from openllama.rope import BASE
 from openllama.tokenizer import OpenLlamaTokenizer
 from openllama.tokenizer.export import tokenizer_files
@@ -38,7 +49,6 @@ LLAMA_ARCHITECTURES: dict[Head, str] = {
 SAME = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
         "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "bos_token_id", "eos_token_id",
         "rope_scaling", "num_labels", "problem_type", "id2label", "label2id")  # fmt: skip
-LAYER_NORM_EPS = 1e-5  # of the stable embedding
 
 
 @dataclass(frozen=True)
@@ -98,24 +108,37 @@ def llama_tensors(weights: Weights, config: OpenLlamaConfig, dtype: torch.dtype 
     named = native_to_hf(weights.named_as_found(), config)
     named = {name: tensor for name, tensor in named.items() if not name.endswith(".inv_freq")}
     prefix = "" if weights.bare else PREFIX
-    norm = [named.pop(f"{prefix}embed_layer_norm.{part}", None) for part in ("weight", "bias")]
     place = f"{prefix}embed_tokens.weight"
     table = named[place]
     if weights.head == "causal-lm" and not _is_tied(config):
         named.setdefault(LM_HEAD, table)
     elif _is_tied(config):
         named.pop(LM_HEAD, None)
-    tensors = cast(named, dtype)
-    if norm[0] is not None and norm[1] is not None:
-        tensors[place] = Computed(table, dtype or table.dtype, _layer_norm(norm[0], norm[1], table.dtype))
-    return tensors
+    with without_numbers():
+        norm = StableEmbedding(config).norm
+    if norm is None:
+        return cast(named, dtype)
+    weight, bias = (named.pop(f"{prefix}embed_layer_norm.{part}") for part in ("weight", "bias"))
+    folding = Computed(table, dtype or table.dtype, _layer_norm(weight, bias, norm.eps, table.dtype))
+    return {**cast(named, dtype), place: folding}
 
 
-def _layer_norm(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def _layer_norm(weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """The LayerNorm of the stable embedding, of rows in ``dtype``."""
     wide = torch.promote_types(dtype, torch.float32)
     weight, bias = weight.to("cpu", wide), bias.to("cpu", wide)  # as the rows are
-    return lambda rows: F.layer_norm(rows.to(wide), weight.shape, weight, bias, LAYER_NORM_EPS)
+    return lambda rows: F.layer_norm(rows.to(wide), weight.shape, weight, bias, eps)
+
+
+def folded(weights: Weights, config: OpenLlamaConfig) -> tuple[dict[str, Source], OpenLlamaConfig]:
+    """The plain LLaMA that ``to_llama`` writes as this package reads it: by full native names, and its configuration.
+
+    The folded table is not rounded.
+    """
+    named = {translate(name, HF_TO_NATIVE) or name: of for name, of in llama_tensors(weights, config, None).items()}
+    table = named[EMBEDDING]
+    named[EMBEDDING] = as_dtype(table, torch.promote_types(table.dtype, torch.float32))
+    return named, OpenLlamaConfig.from_dict(_llama_config(weights, config, None))
 
 
 def _is_tied(config: OpenLlamaConfig) -> bool:

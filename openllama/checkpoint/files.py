@@ -91,7 +91,23 @@ def _open_safetensors(path: Path, size: int, start: bytes) -> dict[str, Tensor]:
             _check_rank(name, len(shape), path)
             tensors[name] = _view(mapping, offset, DTYPES[code], shape)
             offset += tensors[name].nbytes
-    return tensors
+        return with_aliases(tensors, file.metadata() or {}, path)
+
+
+def with_aliases(tensors: dict[str, Tensor], metadata: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """The tensors, also by the names that ``metadata`` adds: {"lm_head.weight": "model.embed_tokens.weight"}.
+
+    ``safetensors.torch.save_model`` stores a shared weight once and notes its other names there; for shards they are in
+    the index. Raises ``CorruptCheckpointError`` for names that make more than twice of the file.
+    """
+    aliases = {
+        alias: tensors[name]
+        for alias, name in metadata.items()
+        if isinstance(name, str) and name in tensors and alias not in tensors
+    }
+    if sum(tensor.nbytes for tensor in aliases.values()) > sum(tensor.nbytes for tensor in tensors.values()):
+        raise CorruptCheckpointError(f"{path} gives its tensors {len(aliases):,} other names, to be larger than it is")
+    return {**tensors, **aliases}
 
 
 def _view(mapping: mmap.mmap, offset: int, dtype: torch.dtype, shape: list[int]) -> Tensor:

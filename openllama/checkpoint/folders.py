@@ -49,6 +49,11 @@ def check_destination(destination: Path, overwrite: bool) -> None:
         if work.is_dir():
             with _locked(work, destination):
                 _undo(work, folder)
+    _check_free(folder, destination, overwrite)
+
+
+def _check_free(folder: Path, destination: Path, overwrite: bool) -> None:
+    """Raise ``DestinationExistsError`` for a file, and for a folder with contents that may not be replaced."""
     if not folder.exists() or (folder.is_dir() and not contents(folder)):
         return
     if not folder.is_dir():
@@ -92,13 +97,16 @@ def check_whole(folder: Path) -> None:
 
 
 @contextmanager
-def finished_folder(destination: Path, replaced: Collection[str], resume: bool = False) -> Iterator[Path]:
+def finished_folder(
+    destination: Path, replaced: Collection[str], overwrite: bool = True, resume: bool = False
+) -> Iterator[Path]:
     """An empty folder; its files are moved to ``destination`` if the block raises no error.
 
     A new destination is created by one rename. In an existing one, files whose names match a pattern of
-    ``replaced`` are removed and all others stay. With ``resume``, files of weights stay in the work folder after
-    ``INTERRUPTIONS`` or a kill, and the next call yields the folder with them. Raises ``DestinationBusyError`` if
-    another process writes to ``destination``.
+    ``replaced`` are removed and all others stay; without ``overwrite`` it must be empty. With ``resume``, files
+    of weights stay in the work folder after ``INTERRUPTIONS`` or a kill, and the next call yields the folder with
+    them. Raises ``DestinationExistsError``, or ``DestinationBusyError`` if another process writes to
+    ``destination``.
     """
     folder = _resolved(destination)
     exists = folder.is_dir()
@@ -111,6 +119,7 @@ def finished_folder(destination: Path, replaced: Collection[str], resume: bool =
         if folder.is_dir() != exists:
             raise DestinationExistsError(f"{destination} was made or removed by another program just now; try again")
         _undo(work, folder)
+        _check_free(folder, destination, overwrite)  # another process may have finished it just now
         _clear(work, keep_weights=resume)
         (work / NEW).mkdir(exist_ok=True)
         try:

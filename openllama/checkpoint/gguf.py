@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openllama.checkpoint.archives import check_sums, is_archive
 from openllama.checkpoint.export import check_llama, llama_tensors
 from openllama.checkpoint.folders import check_space, finished_file
 from openllama.checkpoint.meta import Assembled
@@ -30,6 +32,7 @@ from openllama.checkpoint.names import Weights, floating_dtype, translate
 from openllama.checkpoint.pieces import Computed, Source, as_bytes, pieces
 from openllama.checkpoint.progress import Progress, ShownProgress
 from openllama.checkpoint.reader import Checkpoint
+from openllama.checkpoint.record import SourceSums
 from openllama.checkpoint.source import SourceFiles
 from openllama.checkpoint.writer import CHUNK, forget
 from openllama.config import OpenLlamaConfig
@@ -110,15 +113,22 @@ def write_gguf(
     fields = {**_architecture(gguf, source.config, kind, dst.stem), **_vocabulary(gguf, tokenizer, source.config)}
     entries = _entries(weights, source.config, kind)
     total = sum(entry.nbytes for entry in entries.values())
-    with SourceFiles(source.files) as files, finished_file(dst) as path:
+    shown = ShownProgress(total) if progress else Progress()
+    with (
+        SourceFiles(source.files) as files,
+        SourceSums(filter(is_archive, source.files), check_sums) as sums,
+        finished_file(dst) as path,
+        closing(shown),
+    ):
+        source.check_unchanged()
+        _check_destination(dst, overwrite)  # again: it may have been written since
         check_space(path.parent, total)
-        shown = ShownProgress(total) if progress else Progress()
         file = _File(gguf, path, fields, entries, files, shown)
         shown.begin("write", dst.name, total)
-        sums = file.write()
+        written = file.write()
         shown.begin("compare", dst.name, total)
-        file.compare(sums)
-        shown.close()
+        file.compare(written)
+        sums.results()
         files.check_unchanged()
 
 

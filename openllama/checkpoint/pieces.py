@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -45,9 +45,14 @@ Source: TypeAlias = "Tensor | Computed"
 
 def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Source]:
     """The tensors in ``dtype``, cast when they are read; None changes nothing."""
-    if dtype is None:
-        return dict(tensors)
-    return {name: tensor if tensor.dtype == dtype else Computed(tensor, dtype) for name, tensor in tensors.items()}
+    return {name: tensor if dtype is None else as_dtype(tensor, dtype) for name, tensor in tensors.items()}
+
+
+def as_dtype(source: Source, dtype: torch.dtype) -> Source:
+    """``source`` in ``dtype``, cast or rounded when it is read."""
+    if source.dtype == dtype:
+        return source
+    return replace(source, dtype=dtype) if isinstance(source, Computed) else Computed(source, dtype)
 
 
 def pieces(source: Source, read: Callable[[Tensor], Tensor] = lambda part: part) -> Iterator[Tensor]:

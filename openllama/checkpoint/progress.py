@@ -71,7 +71,7 @@ class ShownProgress(Progress):
         with suppress(OSError):
             if self.bar is not None:
                 self.bar.close()
-            elif self.text:
+            elif self.text and self.count == self.size:  # else there was an error, which is said elsewhere
                 self._print()
         self.bar, self.text = None, ""
 

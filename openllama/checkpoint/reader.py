@@ -8,18 +8,18 @@ Pickles are only opened with torch's ``weights_only=True``, which executes nothi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
 from openllama.checkpoint.adapters import is_adapter
-from openllama.checkpoint.files import Format, format_of, open_file
+from openllama.checkpoint.files import Format, format_of, open_file, with_aliases
 from openllama.checkpoint.folders import check_whole
 from openllama.checkpoint.hub import local_path
 from openllama.checkpoint.meta import meta_files, open_meta
@@ -30,6 +30,7 @@ from openllama.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
     KeyMismatchError,
+    OpenLlamaError,
     listed,
     warn,
 )
@@ -42,6 +43,9 @@ TRAINER_FILE = (
 SEARCHED = (SAFETENSORS_FILE, SAFETENSORS_INDEX, PICKLE_FILE, PICKLE_INDEX)  # first found wins, as in HF
 GGML_MAGIC = (b"GGUF", b"lmgg", b"fmgg", b"tjgg", b"algg")  # llama.cpp's formats, newest first
 ALIGNMENT = 64  # bytes; torch allocates tensors at multiples of it
+REPLACED = "was changed while it was read; try again when nothing writes to it"
+SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.safetensors|\.bin)")
+ORIGIN = "copy or download what is missing from where the rest came from"
 MAX_ALIGNED_COPIES = 2**30  # bytes; copies stay in memory, the system can drop mapped pages
 
 
@@ -55,6 +59,16 @@ class Checkpoint:
     format: Format
     config: OpenLlamaConfig
     tensors: dict[str, Tensor]
+    states: tuple[tuple[int, ...] | None, ...] = ()  # of the files that were read, when they had been opened
+
+    @property
+    def _read(self) -> tuple[Path, ...]:
+        return (self.folder / CONFIG_FILE, *self.files)
+
+    def check_unchanged(self) -> None:
+        """Raise ``CorruptCheckpointError`` if config.json or a file of weights was replaced or changed since."""
+        if _states(self._read) != self.states:
+            raise CorruptCheckpointError(f"{self.path} {REPLACED}")
 
 
 def open_checkpoint(
@@ -63,16 +77,35 @@ def open_checkpoint(
     """Open a folder or a file of weights; ``config`` (or its path) replaces the folder's config.json.
 
     ``overrides`` replace fields of the configuration. Raises ``CheckpointNotFoundError``,
-    ``CorruptCheckpointError``, ``UnsafePickleError``, ``KeyMismatchError`` (index and shards
-    disagree, or there are far fewer weights than the configuration needs) or ``ConfigError``.
+    ``CorruptCheckpointError`` (also if another program replaces the checkpoint meanwhile),
+    ``UnsafePickleError``, ``KeyMismatchError`` (index and shards disagree, or there are far fewer weights
+    than the configuration needs) or ``ConfigError``.
     """
     path = local_path(path)
+    folder = path if path.is_dir() else path.parent
+    marker = [folder / CONFIG_FILE]  # it leaves first and comes last when the files of a folder are replaced
+    for is_last in (False, True):
+        before = _states(marker)
+        try:
+            checkpoint = _open(path, folder, config, overrides)
+        except (OpenLlamaError, OSError):
+            if is_last or _states(marker) == before:
+                raise
+            continue
+        if _states(marker) == before:
+            return replace(checkpoint, states=_states(checkpoint._read))
+    raise CorruptCheckpointError(f"{folder} {REPLACED}")
+
+
+def _open(
+    path: Path, folder: Path, config: OpenLlamaConfig | str | PathLike[str] | None, overrides: Mapping[str, Any]
+) -> Checkpoint:
+    """``open_checkpoint`` of a folder that does not change."""
     if not path.exists():
         raise CheckpointNotFoundError(
             f"{path}: no such file or folder; this reads local disk only, `openllama convert ORG/NAME DST` downloads"
         )
     _refuse_ggml(path)
-    folder = path if path.is_dir() else path.parent
     check_whole(folder)
     if config is None and is_adapter(folder):
         raise CheckpointNotFoundError(
@@ -101,11 +134,21 @@ def open_checkpoint(
         files, tensors = _open_shards(source)
     else:
         files, tensors = (source,), open_file(source)
-    for file in files:
-        _add_aliases(file, tensors)
     tensors = unwrap(tensors)
     check_layers(tensors, config)
     return Checkpoint(path, folder, files, format_of(files[0]), config, tensors)
+
+
+def _states(files: Iterable[Path]) -> tuple[tuple[int, ...] | None, ...]:
+    """What tells whether files are others or were changed: device, number, size and time; None for one that is not."""
+    found: list[tuple[int, ...] | None] = []
+    for file in files:
+        try:
+            state = file.stat()
+            found.append((state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns))
+        except OSError:
+            found.append(None)
+    return tuple(found)
 
 
 def _refuse_ggml(path: Path) -> None:
@@ -142,18 +185,22 @@ def _find_weights(folder: Path) -> Path:
             warn(f"{folder} has {' and '.join(found)}: only {found[0]} is read")
         return folder / found[0]
     others = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth"))
-    hint = f"; it has {listed(others)}: pass the file itself, or add the missing index" if others else ""
+    hint = ""
+    if absent := _absent_shards(others):
+        hint = f"; it has {listed(others)} without {listed(absent)}: {ORIGIN}"
+    elif others:
+        hint = f"; it has {listed(others)}: pass the file itself"
     raise CheckpointNotFoundError(f"{folder} holds none of {', '.join(SEARCHED)}{hint}")
 
 
-def _add_aliases(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Add the names of shared weights that ``safetensors.torch.save_model`` keeps in the metadata of a file."""
-    if format_of(file) == "safetensors":
-        with safe_open(file, "numpy") as opened:
-            metadata = opened.metadata() or {}
-        tensors |= {
-            alias: tensors[name] for alias, name in metadata.items() if name in tensors and alias not in tensors
-        }
+def _absent_shards(names: Sequence[str]) -> list[str]:
+    """The index and the shards that are missing beside the shards among ``names``, if there are any."""
+    shards = [match for name in names if (match := SHARD.fullmatch(name))]
+    if not shards:
+        return []
+    stem, _, count, suffix = shards[0].groups()
+    expected = [f"{stem}-{number:05}-of-{count}{suffix}" for number in range(1, int(count) + 1)]
+    return [name for name in expected if name not in names] + [f"{stem}{suffix}.index.json"]
 
 
 # ---- shards
@@ -161,10 +208,13 @@ def _add_aliases(file: Path, tensors: dict[str, Tensor]) -> None:
 
 def _open_shards(index: Path) -> tuple[tuple[Path, ...], dict[str, Tensor]]:
     """Open the shards of ``index``; raises ``KeyMismatchError`` if they and the index disagree on a tensor."""
-    weight_map = _read_index(index)
+    weight_map, metadata = _read_index(index)
     names = sorted(set(weight_map.values()))
     if absent := [name for name in names if not (index.parent / name).is_file()]:
-        raise CheckpointNotFoundError(f"{index} names {listed(absent)}, which {index.parent} does not contain")
+        raise CheckpointNotFoundError(
+            f"{index} names {listed(absent)}, which {index.parent} does not contain ({len(absent)} of {len(names)}): "
+            f"{ORIGIN}"
+        )
     files = tuple(index.parent / name for name in names)
     tensors: dict[str, Tensor] = {}
     problems: list[str] = []
@@ -179,15 +229,19 @@ def _open_shards(index: Path) -> tuple[tuple[Path, ...], dict[str, Tensor]]:
     problems += [f"{key} is not in {weight_map[key]}" for key in sorted(weight_map.keys() - tensors.keys())]
     if problems:
         raise KeyMismatchError(f"{index} and its shards disagree: {listed(problems, '; ')}")
-    return files, tensors
+    return files, with_aliases(tensors, metadata, index)
 
 
-def _read_index(index: Path) -> dict[str, str]:
-    """Key -> file name; raises ``CorruptCheckpointError`` for a file outside the folder of the index."""
-    entries = read_json(index, CorruptCheckpointError, unique=True).get("weight_map")
+def _read_index(index: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """Key -> file name, and metadata; raises ``CorruptCheckpointError`` for a file outside the folder of the index."""
+    content = read_json(index, CorruptCheckpointError, unique=True)
+    entries, metadata = content.get("weight_map"), content.get("metadata")
     if not isinstance(entries, dict) or not entries:
-        raise CorruptCheckpointError(f'{index} has no "weight_map" that names weights')
+        raise CorruptCheckpointError(
+            f'{index} is not an index of shards, it has no "weight_map" that names weights; pass a folder or a file of '
+            "weights"
+        )
     for key, name in entries.items():
         if not isinstance(name, str) or name != Path(name).name or "\\" in name or name in ("", ".", ".."):
             raise CorruptCheckpointError(f"{index} places {key} in {name!r}; only files in the same folder are allowed")
-    return entries
+    return entries, metadata if isinstance(metadata, dict) else {}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,16 @@ class Record:
     left_out: dict[str, str] = field(default_factory=dict)  # name in the source -> why
     warnings: list[str] = field(default_factory=list)
 
+    def about(self, source: Path) -> Record:
+        """The same, with the name of the folder ``source`` in place of its full path in the warnings."""
+        if not source.is_absolute():
+            return self
+        return replace(self, warnings=[text.replace(str(source), source.name) for text in self.warnings])
+
     def write(
         self,
         folder: Path,
-        source: Mapping[str, Mapping[str, int | str]],
+        source: Mapping[str, Mapping[str, int | str | None]],
         tensors: Mapping[str, Source],
         written: Mapping[str, Written],
     ) -> None:
@@ -59,13 +65,18 @@ def _counts(written: Written) -> dict[str, int]:
 
 
 class SourceSums:
-    """The SHA-256 of files, computed by a thread while others read the same files, so that they are in memory."""
+    """The SHA-256 of files, computed by a thread while others read the same files, so that they are in memory.
 
-    def __init__(self, files: Iterable[Path]) -> None:
+    ``read`` may be ``check_sums``, where only damage is asked for.
+    """
+
+    def __init__(
+        self, files: Iterable[Path], read: Callable[[Path, Callable[[], bool]], str | None] = checked_sha256
+    ) -> None:
         self.files = tuple(files)
         self.stopped = False
         self.thread = ThreadPoolExecutor(1)
-        self.sums = [self.thread.submit(checked_sha256, file, self._go_on) for file in self.files]
+        self.sums = [self.thread.submit(read, file, self._go_on) for file in self.files]
 
     def __enter__(self) -> SourceSums:
         return self
@@ -74,7 +85,7 @@ class SourceSums:
         self.stopped = True
         self.thread.shutdown(cancel_futures=True)
 
-    def results(self) -> dict[str, dict[str, int | str]]:
+    def results(self) -> dict[str, dict[str, int | str | None]]:
         """Size and SHA-256 by the files' names; raises ``CorruptCheckpointError`` for one that is damaged."""
         pairs = zip(self.files, self.sums, strict=True)
         return {file.name: {"bytes": file.stat().st_size, "sha256": of.result()} for file, of in pairs}

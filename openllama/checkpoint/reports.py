@@ -36,11 +36,11 @@ def check_generation_config(folder: Path) -> None:
         read_json(folder / "generation_config.json", ConfigError)
 
 
-def check_tokenizer(folder: Path, vocab_size: int) -> None:
-    """Load the tokenizer of ``folder``, if it has one, before it is copied.
+def check_tokenizer(folder: Path, vocab_size: int, is_needed: bool) -> None:
+    """Load the tokenizer of ``folder`` before it is copied.
 
-    Raises ``TokenizerError`` if it is broken. A ``tokenizer.json`` alone, and more tokens than the model
-    has rows, are warned of.
+    Raises ``TokenizerError`` if it is broken. A ``tokenizer.json`` alone, none at all where one ``is_needed``, and more
+    tokens than the model has rows, are warned of.
     """
     if not (folder / MODEL_FILE).exists():
         if (folder / TOKENIZER_JSON).exists():
@@ -48,6 +48,8 @@ def check_tokenizer(folder: Path, vocab_size: int) -> None:
                 f"{folder} has {TOKENIZER_JSON} but no {MODEL_FILE}: the result has no tokenizer; add the "
                 "sentencepiece model that it was made from"
             )
+        elif is_needed:
+            warn(f"{folder} has no {MODEL_FILE}: the result has no tokenizer; copy it there, or later into the result")
         return
     try:
         size = len(OpenLlamaTokenizer.from_pretrained(folder))

@@ -10,13 +10,14 @@ from pathlib import Path
 from torch import Tensor
 
 from openllama.checkpoint.archives import check_sums, is_archive
-from openllama.checkpoint.compare import Comparison, compare
-from openllama.checkpoint.names import dtype_name, select
-from openllama.checkpoint.pieces import Computed, is_copy, pieces
+from openllama.checkpoint.compare import Comparison, compare, differing_settings
+from openllama.checkpoint.export import folded
+from openllama.checkpoint.names import EMBEDDING, dtype_name, select
+from openllama.checkpoint.pieces import Source, as_dtype, is_copy, pieces
 from openllama.checkpoint.reader import open_checkpoint
-from openllama.checkpoint.record import check_record
+from openllama.checkpoint.record import SourceSums, check_record
 from openllama.checkpoint.writer import RECORD_FILE
-from openllama.config import OpenLlamaConfig
+from openllama.config import CONFIG_FILE, OpenLlamaConfig
 from openllama.errors import CheckpointError, CorruptCheckpointError, KeyMismatchError, listed
 
 
@@ -30,6 +31,7 @@ class Verification:
     bytes: int
     recorded: bool  # the folder has a conversion.json, and all weights are those that it lists
     against: Path | None
+    folded: bool  # ``against`` was compared as the plain LLaMA that ``convert`` makes of it
     rounded_to: str | None  # the type that the weights of ``against`` were cast to for the comparison
     rounding: Comparison | None  # how far ``against`` is, if it was cast
 
@@ -38,8 +40,9 @@ class Verification:
         if self.recorded:
             text += f"; as {RECORD_FILE} records them"
         if self.against is not None:
-            rounded = f" rounded to {self.rounded_to}" if self.rounded_to else ""
-            text += f"; bit for bit equal to {self.against}{rounded}"
+            text += f"; bit for bit equal to {self.against}"
+            text += " as a plain LLaMA" * self.folded
+            text += f" rounded to {self.rounded_to}" if self.rounded_to else ""
         return text if self.rounding is None else f"{text}\n{self.rounding.table()}"
 
 
@@ -50,22 +53,31 @@ def verify(
 ) -> Verification:
     """Read every weight; check that names and shapes match the configuration and that all numbers are finite.
 
-    ``against``: another checkpoint, of either layout, that must have the same bits after a cast to the
-    type of this one. Raises a ``CheckpointError`` that names wrong weights.
+    ``against``: another checkpoint, of either layout, that must have the same bits after a cast to the type of this
+    one, and compute the same with them. Where this one is a plain LLaMA and the other has a stable embedding, it is
+    folded first. Raises a ``CheckpointError`` that names wrong weights, or settings that differ.
     """
     checkpoint = open_checkpoint(path, config)
     tensors = select(checkpoint.tensors, checkpoint.config).tensors
-    for file in filter(is_archive, checkpoint.files):
-        check_sums(file)
-    recorded = checkpoint.path.is_dir() and check_record(checkpoint.folder, checkpoint.tensors)
-    broken = [name for name, tensor in tensors.items() if not all(p.isfinite().all() for p in pieces(tensor))]
+    with SourceSums(filter(is_archive, checkpoint.files), check_sums) as sums:
+        recorded = checkpoint.path.is_dir() and check_record(checkpoint.folder, checkpoint.tensors)
+        broken = [name for name, tensor in tensors.items() if not all(p.isfinite().all() for p in pieces(tensor))]
+        sums.results()
     if broken:
         raise CorruptCheckpointError(f"{path} holds NaN or infinity in {listed(broken)}")
-    rounded_to, rounding = None, None
+    is_folded, rounded_to, rounding = False, None, None
     if against is not None:
         other = open_checkpoint(against, config)
-        theirs = select(other.tensors, other.config).tensors
-        rounded_to = _compare(tensors, theirs, path, against)
+        weights, their_config = select(other.tensors, other.config), other.config
+        theirs: Mapping[str, Source] = weights.tensors
+        if is_folded := their_config.use_stable_embedding and not checkpoint.config.use_stable_embedding:
+            theirs, their_config = folded(weights, their_config)
+        rounded_to = _compare(tensors, theirs, path, against, is_folded)
+        if settings := differing_settings(checkpoint.config, their_config):
+            raise CheckpointError(
+                f"{path} and {against} have the same weights and compute different things with them: "
+                f"{listed(settings)}; one of their {CONFIG_FILE} is wrong"
+            )
         rounding = compare(theirs, tensors, str(against), str(path)) if rounded_to else None
     return Verification(
         path=Path(path),
@@ -74,16 +86,24 @@ def verify(
         bytes=sum(tensor.nbytes for tensor in tensors.values()),
         recorded=recorded,
         against=None if against is None else Path(against),
+        folded=is_folded,
         rounded_to=rounded_to,
         rounding=rounding,
     )
 
 
-def _compare(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], path: object, against: object) -> str | None:
+def _compare(
+    mine: Mapping[str, Tensor], theirs: Mapping[str, Source], path: object, against: object, is_folded: bool
+) -> str | None:
     """Raise unless all bits are equal; returns the type that ``theirs`` had to be cast to, if any."""
     if mine.keys() != theirs.keys():
         raise KeyMismatchError(f"only one of {path} and {against} holds {listed(sorted(mine.keys() ^ theirs.keys()))}")
-    different = [name for name in mine if not is_copy(mine[name], Computed(theirs[name], mine[name].dtype))]
+    different = [name for name in mine if not is_copy(mine[name], as_dtype(theirs[name], mine[name].dtype))]
+    if is_folded and different == [EMBEDDING]:
+        raise CheckpointError(
+            f"{path} and {against} differ in {EMBEDDING}, which is computed, and which another kind of processor may "
+            "have rounded differently; convert again on this machine"
+        )
     if different:
         raise CheckpointError(f"{path} and {against} differ in {listed(different)}; `openllama diff` shows how far")
     cast = sorted({dtype_name(mine[name].dtype) for name in mine if mine[name].dtype != theirs[name].dtype})

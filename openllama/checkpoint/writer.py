@@ -16,6 +16,7 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from io import BufferedWriter, FileIO
 from pathlib import Path
@@ -36,6 +37,7 @@ from openllama.errors import CheckpointError, CorruptCheckpointError, InputError
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 RECORD_FILE = "conversion.json"
 OURS = (CONFIG_FILE, SAFETENSORS_FILE, SAFETENSORS_INDEX, "model-?????-of-?????.safetensors", RECORD_FILE)
+SHARD_SIZE = "5GB"  # of the largest file, unless another size is asked for
 CHUNK = 2**20  # bytes that are read back at once
 SYNCED = 2**27  # bytes after which the disk is made to write
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -103,7 +105,7 @@ def write_weights(
     folder: Path,
     tensors: Mapping[str, Source],
     *,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str = SHARD_SIZE,
     progress: Progress | None = None,
     read: Callable[[Tensor], Tensor] = lambda part: part,
     file_format: str = NATIVE_TYPE,
@@ -125,18 +127,18 @@ def write_weights(
     verified = _find_verified(folder, shards, resume)
     check_space(folder, total - sum((folder / file).stat().st_size for file in verified))
     written: dict[str, Written] = {}
-    for file, names in shards.items():
-        job = _File(folder / file, {name: tensors[name] for name in names}, file_format, progress)
-        if file not in verified or not job.is_kept(verified[file]):
-            verified[file] = job.write_and_compare(read)
-            if resume:
-                resume.write(verified)
-        written |= verified[file]
+    with closing(progress):
+        for file, names in shards.items():
+            job = _File(folder / file, {name: tensors[name] for name in names}, file_format, progress)
+            if file not in verified or not job.is_kept(verified[file]):
+                verified[file] = job.write_and_compare(read)
+                if resume:
+                    resume.write(verified)
+            written |= verified[file]
     if len(shards) > 1:
         weight_map = {name: file for file, names in shards.items() for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(folder / SAFETENSORS_INDEX, index)
-    progress.close()
     return written
 
 

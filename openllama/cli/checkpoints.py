@@ -13,6 +13,7 @@ from openllama.checkpoint import convert, diff, inspect, verify
 from openllama.checkpoint.adapters import is_adapter
 from openllama.checkpoint.export import FORMS
 from openllama.checkpoint.gguf import Q8_0
+from openllama.checkpoint.writer import SHARD_SIZE
 from openllama.cli.common import DTYPES, Commands
 from openllama.errors import CheckpointError
 from openllama.interface import OpenLlamaForCausalLM
@@ -43,7 +44,7 @@ def add_commands(commands: Commands) -> None:
         metavar="PATTERN",
         help="leave out weights whose names match, e.g. '*.value_head.*'; may be repeated",
     )
-    command.add_argument("--max-shard-size", default="5GB", help="largest file, e.g. 500MB (default: %(default)s)")
+    command.add_argument("--max-shard-size", help=f"largest file, e.g. 500MB (default: {SHARD_SIZE})")
     command.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
     command.set_defaults(run=_convert)
 
