@@ -54,7 +54,8 @@ class GrowingCache(tuple[KeyValue, ...]):
 class PreallocatedCache:
     """Room for ``max_length`` tokens, written in place: no allocation per step, inference only.
 
-    Where the growing cache copies everything for each token, this one returns views of its storage.
+    Where the growing cache copies everything for each token, this one returns views of its storage. ``heads``: in this
+    process, where tensor parallelism divides them; None for all.
     """
 
     def __init__(
@@ -64,8 +65,9 @@ class PreallocatedCache:
         max_length: int,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        heads: int | None = None,
     ) -> None:
-        shape = (batch_size, config.num_attention_heads, max_length, config.head_dim)
+        shape = (batch_size, heads or config.num_attention_heads, max_length, config.head_dim)
         self.max_length = max_length
         self._length = 0
         self._layers: list[KeyValue] = [

@@ -15,6 +15,7 @@ from openllama.attention import check_backend
 from openllama.checkpoint.adapters import ADAPTER_PREFIX
 from openllama.checkpoint.export import export
 from openllama.checkpoint.folders import check_destination, finished_folder
+from openllama.checkpoint.gather import one_writer
 from openllama.checkpoint.names import (
     EMBEDDING,
     LM_HEAD,
@@ -212,15 +213,23 @@ class PretrainedModel(nn.Module):
         is whole, other files stay. Raises ``KeyMismatchError`` if the weights are no longer those of the config,
         ``ConfigError`` if a plain LLaMA computes something else, ``DestinationExistsError``, or ``OSError``
         when the disk is full.
+
+        Where weights are spread over processes (FSDP2, tensor parallelism), all processes call this: the first
+        writes, gathering one weight at a time, and its error is raised in all.
         """
-        check_destination(Path(folder), overwrite)
         weights = select(self.state_dict(), self.config, self._head)
-        exported = export(layout, weights, self.config)
-        with finished_folder(Path(folder), OURS) as unfinished:
-            exported.write_files(unfinished)
-            if hasattr(self, "generation_config"):
-                self.generation_config.save_pretrained(unfinished)
-            write_weights(unfinished, exported.tensors, max_shard_size=max_shard_size, file_format=exported.file_format)
+        with one_writer(weights.tensors) as tensors:
+            if tensors is None:
+                return
+            check_destination(Path(folder), overwrite)
+            exported = export(layout, dataclasses.replace(weights, tensors=tensors), self.config)
+            with finished_folder(Path(folder), OURS) as unfinished:
+                exported.write_files(unfinished)
+                if hasattr(self, "generation_config"):
+                    self.generation_config.save_pretrained(unfinished)
+                write_weights(
+                    unfinished, exported.tensors, max_shard_size=max_shard_size, file_format=exported.file_format
+                )
 
     def _wants_dict(self, input_ids: Tensor | Inputs | None, return_dict: bool | None) -> bool:
         """Whether a forward pass returns an output by names; else a tuple, except to those who gave ``Inputs``."""
@@ -264,3 +273,13 @@ def warn_of_unmatched_adapter(model: nn.Module, keys: Any) -> None:
             f"{len(unmatched)} weights of an adapter match no module of this model and change nothing, such as "
             f"{unmatched[0]}; `openllama convert` renames adapters that were trained on transformers' model"
         )
+
+
+def register_with_fsdp(model: nn.Module, method: str) -> bool:
+    """Register a method that computes with FSDP2, which gathers weights for those that it knows; False if it does."""
+    if not hasattr(model, "unshard") or method in vars(model):
+        return False
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    register_fsdp_forward_method(model, method)
+    return True
