@@ -102,6 +102,11 @@ class PreallocatedCache:
         if (key.requires_grad or value.requires_grad) and torch.is_grad_enabled():
             raise InputError("PreallocatedCache is written in place and cannot carry gradients; use torch.no_grad()")
         keys, values = self._layers[layer]
+        if keys.shape[1] != key.shape[1]:  # one head would be written to all
+            raise InputError(
+                f"the cache has room for {keys.shape[1]} heads, this process has {key.shape[1]}; "
+                f"PreallocatedCache(..., heads={key.shape[1]})"
+            )
         keys[:, :, self._length : end] = key
         values[:, :, self._length : end] = value
         return keys[:, :, :end], values[:, :, :end]

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate
@@ -44,6 +46,7 @@ HEADS = (  # the projection is the embedding table; a matrix of its own; a modul
 IDS = tiny_ids(4, 7)
 PROMPT = tiny_ids(2, 4, seed=5)
 BIG = "big"  # the name of a model of 63 MB that was written before
+TORCH = "torch"  # the name of a checkpoint of torch
 CHECKS: list[Callable[[Path], None]] = []
 
 
@@ -157,6 +160,16 @@ def generating_from_a_sharded_model_gives_the_ids_of_one_process(folder: Path) -
 
 
 @check
+def torch_warns_of_nothing_while_a_sharded_model_trains(folder: Path) -> None:
+    model = shard(tiny_model().train())
+    with warnings.catch_warnings(record=True) as caught:
+        model(IDS, labels=IDS).loss.backward()
+        model.loss(IDS, IDS).backward()
+        model.eval().generate(PROMPT, max_new_tokens=2)
+    assert [str(warning.message) for warning in caught] == []
+
+
+@check
 def a_table_that_is_spread_apart_from_the_head_that_shares_it_is_refused(folder: Path) -> None:
     own_group, decoder_first, split = tiny_model(), tiny_model(), tiny_model()
     fully_shard(own_group.model.embedding.tokens)
@@ -189,6 +202,41 @@ def training_with_tensor_parallelism_gives_the_loss_and_gradients_of_one_process
 
 
 @check
+def steps_with_clipped_gradients_and_tensor_parallelism_change_weights_as_in_one_process(folder: Path) -> None:
+    expected = tiny_model(**NO_DROPOUT).train()
+    model = tensor_parallel(tiny_model(**NO_DROPOUT).train(), mesh())
+    for one in (expected, model):
+        optimizer = torch.optim.SGD(one.parameters(), lr=0.1)
+        for _ in range(2):
+            one.loss(IDS, IDS).backward()
+            with implicit_replication():
+                nn.utils.clip_grad_norm_(one.parameters(), 0.5)
+                optimizer.step()
+            optimizer.zero_grad()
+    for (name, found), wanted in zip(model.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(whole(found), wanted, rtol=0, atol=1e-6, msg=name)
+
+
+@check
+def training_and_generating_with_both_at_once_gives_the_numbers_of_one_process(folder: Path) -> None:
+    grid = mesh(1, 2, names=("dp", "tp"))
+
+    def both(model: Any) -> Any:
+        return shard(tensor_parallel(model, grid["tp"]), mesh=grid["dp"])
+
+    one = folder / f"one-{dist.get_rank()}"
+    tiny_model(**NO_DROPOUT).save_pretrained(one)
+    expected = tiny_model(**NO_DROPOUT).train()
+    expected.loss(IDS, IDS).backward()
+    for model in (both(tiny_model(**NO_DROPOUT)), load(one, both, attn_implementation="eager")):
+        model.train().loss(IDS, IDS).backward()
+        assert_same_gradients(model, expected, atol=2e-6)
+        model.eval().set_attn_implementation("sdpa")
+        found = model.generate(PROMPT, max_new_tokens=8)
+        assert torch.equal(found, tiny_model(attn_implementation="sdpa").generate(PROMPT, max_new_tokens=8))
+
+
+@check
 def generating_with_tensor_parallelism_gives_the_ids_of_one_process(folder: Path) -> None:
     strategies = ({}, {"do_sample": True}, {"num_beams": 3}, {"penalty_alpha": 0.6, "top_k": 3})
     for fields in HEADS:
@@ -215,6 +263,8 @@ def a_conversation_goes_on_from_the_cache_of_each_process(folder: Path) -> None:
     longer = torch.cat((first.sequences, PROMPT), dim=1)
     second = model.generate(longer, past_key_values=first.past_key_values, **arguments)
     assert torch.equal(second.sequences, expected.generate(longer, **arguments).sequences)
+    with pytest.raises(InputError, match=r"room for 2 heads, this process has 1; PreallocatedCache\(\.\.\., heads=1\)"):
+        model.generate(PROMPT, past_key_values=PreallocatedCache(model.config, 2, 20), max_new_tokens=3)
     place = PreallocatedCache(model.config, 2, 20, heads=1)
     assert torch.equal(model.generate(PROMPT, past_key_values=place, max_new_tokens=3), first.sequences)
     with pytest.raises(InputError, match="heads"):
@@ -339,12 +389,35 @@ def loading_into_parts_takes_the_memory_of_a_part(folder: Path) -> None:
 @check
 def a_checkpoint_of_torch_holds_the_parts_and_is_read_into_others(folder: Path) -> None:
     model = shard(tiny_model(seed=1))
-    dcp.save(model.state_dict(), checkpoint_id=folder / "dcp")
+    dcp.save(model.state_dict(), checkpoint_id=folder / TORCH)
     for other in (tensor_parallel(tiny_model(), mesh()), shard(tiny_model()), tiny_model()):
         state = other.state_dict()
-        dcp.load(state, checkpoint_id=folder / "dcp")
+        dcp.load(state, checkpoint_id=folder / TORCH)
         for name, tensor in tiny_model(seed=1).state_dict().items():
             assert torch.equal(whole(other.state_dict()[name]), tensor), name
+
+
+@check
+def training_goes_on_from_a_checkpoint_of_torch(folder: Path) -> None:
+    def step(model: Any, optimizer: torch.optim.Optimizer) -> None:
+        model.loss(mine(IDS), mine(IDS)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def fresh(seed: int) -> tuple[Any, torch.optim.Optimizer]:
+        model = shard(tiny_model(seed=seed, **NO_DROPOUT).train())
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+    first, second = fresh(1), fresh(2)
+    step(*first)
+    dcp.save(dict(zip(("model", "optimizer"), get_state_dict(*first), strict=True)), checkpoint_id=folder / TORCH)
+    state = dict(zip(("model", "optimizer"), get_state_dict(*second), strict=True))
+    dcp.load(state, checkpoint_id=folder / TORCH)
+    set_state_dict(*second, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    for one in (first, second):
+        step(*one)
+    for found, wanted in zip(second[0].parameters(), first[0].parameters(), strict=True):
+        assert torch.equal(whole(found), whole(wanted))
 
 
 # --- DistributedDataParallel ---

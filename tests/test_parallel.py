@@ -10,12 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.distributed import checkpoint as dcp
 from torch.utils.data import DataLoader
 
 from openllama import OpenLlamaForCausalLM, OpenLlamaTokenizer
 from openllama.errors import InputError
 from openllama.parallel import tensor_parallel_plan
-from tests.spread import BIG, CHECKS, HEADS
+from tests.spread import BIG, CHECKS, HEADS, TORCH
+from tests.spread import a_checkpoint_of_torch_holds_the_parts_and_is_read_into_others as a_checkpoint_of_torch
 from tests.tiny import tiny_config, tiny_model
 from tests.workers import Scored
 
@@ -25,9 +28,14 @@ PROCESSES = 2
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the processes write: one folder for each check."""
+    return tmp_path_factory.mktemp("spread")
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> list[dict[str, str]]:
     """What each process found: an empty text or a traceback for each check that it came to."""
-    folder = tmp_path_factory.mktemp("spread")
     tiny_model(hidden_size=512, intermediate_size=1024, num_hidden_layers=6).save_pretrained(folder / BIG)
     command = [sys.executable, "-m", "tests.spread", str(folder)]
     environment = {**os.environ, "WORLD_SIZE": str(PROCESSES), "OMP_NUM_THREADS": "1"}
@@ -49,6 +57,17 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
 def test_in_two_processes(found: list[dict[str, str]], name: str) -> None:
     for rank, results in enumerate(found):
         assert results.get(name, "was not reached") == "", f"process {rank}: {results.get(name)}"
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_checkpoint_of_torch_from_two_processes_becomes_a_folder_in_one(
+    found: list[dict[str, str]], folder: Path, tmp_path: Path
+) -> None:
+    model = tiny_model()
+    dcp.load(model.state_dict(), checkpoint_id=folder / a_checkpoint_of_torch.__name__ / TORCH)
+    model.save_pretrained(tmp_path)
+    loaded, expected = OpenLlamaForCausalLM.from_pretrained(tmp_path).state_dict(), tiny_model(seed=1).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize(
