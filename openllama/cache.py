@@ -57,7 +57,8 @@ class GrowingCache(tuple[KeyValue, ...]):
 class PreallocatedCache:
     """Room for ``max_length`` tokens, written in place: no allocation per step, inference only.
 
-    Where the growing cache copies everything for each token, this one returns views of its storage.
+    Where the growing cache copies everything for each token, this one returns views of its storage. ``heads``: in this
+    process, where tensor parallelism divides them; None for all.
     """
 
     def __init__(
@@ -67,8 +68,9 @@ class PreallocatedCache:
         max_length: int,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        heads: int | None = None,
     ) -> None:
-        shape = (batch_size, config.num_attention_heads, max_length, config.head_dim)
+        shape = (batch_size, heads or config.num_attention_heads, max_length, config.head_dim)
         self.max_length = max_length
         self._length = 0
         self._layers: list[KeyValue] = [
@@ -106,6 +108,11 @@ class PreallocatedCache:
         if (key.requires_grad or value.requires_grad) and torch.is_grad_enabled():
             raise InputError("PreallocatedCache is written in place and cannot carry gradients; use torch.no_grad()")
         keys, values = self._layers[layer]
+        if keys.shape[1] != key.shape[1]:  # one head would be written to all
+            raise InputError(
+                f"the cache has room for {keys.shape[1]} heads, this process has {key.shape[1]}; "
+                f"PreallocatedCache(..., heads={key.shape[1]})"
+            )
         keys[:, :, self._length : end] = key
         values[:, :, self._length : end] = value
         return keys[:, :, :end], values[:, :, :end]

@@ -245,7 +245,7 @@ def as_cache(
                 f"head_dim), got {_shapes(pair)}"
             )
         key, value = pair
-        wanted = (batch, config.num_attention_heads, cache.get_seq_length(), config.head_dim)
+        wanted = (batch, _heads_here(config.num_attention_heads, key.shape[1]), cache.get_seq_length(), config.head_dim)
         if key.shape != wanted or value.shape != wanted:
             raise InputError(
                 f"past_key_values of layer {layer} have shapes {tuple(key.shape)} and {tuple(value.shape)}, needed is "
@@ -264,6 +264,12 @@ def _key_and_value(layer: Any) -> Any:
     if isinstance(layer, Tensor) and layer.ndim == 5:
         return tuple(layer)
     return layer[:2] if isinstance(layer, tuple) and len(layer) == 3 and layer[2] is None else layer
+
+
+def _heads_here(all_heads: int, found: int) -> int:
+    """The number of heads that a cache must have: a process of tensor parallelism has a part of them."""
+    is_part = torch.distributed.is_available() and torch.distributed.is_initialized() and found
+    return found if is_part and all_heads % found == 0 else all_heads
 
 
 def _shapes(pair: object) -> str:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from openllama import generation
 from openllama.attention import backend_with_weights
 from openllama.cache import Cache, KeyValue
+from openllama.checkpoint.gather import is_spread
 from openllama.checks import check_classification_labels, check_labels, check_tensor, checked_inputs, values_of
 from openllama.config import OpenLlamaConfig
 from openllama.errors import BackendError, InputError, warn
@@ -27,7 +28,7 @@ from openllama.generation.state import prepare_inputs_for_generation
 from openllama.losses import causal_lm_loss, chunked_causal_lm_loss, classification_loss
 from openllama.model import CausalLM, Decoder, Inputs, SharedHead, init_weights
 from openllama.outputs import BaseModelOutput, CausalLMOutput, SequenceClassifierOutput
-from openllama.pretrained import PretrainedModel, warn_of_unmatched_adapter
+from openllama.pretrained import PretrainedModel, register_with_fsdp, warn_of_unmatched_adapter
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -224,14 +225,17 @@ class OpenLlamaForCausalLM(PretrainedModel, CausalLM):
         """The loss of ``forward(labels=...)`` without ever holding the (B, T, V) logits; for training.
 
         ``arguments`` are those of ``OpenLlamaModel.forward``. The head's weight is used directly: hooks
-        on ``lm_head`` do not fire. A head that is more than a matrix gets all its logits.
+        on ``lm_head`` do not fire. A head that is more than a matrix, or is spread over processes, gets all its logits.
         """
+        if register_with_fsdp(self, "loss"):
+            return self.loss(input_ids, labels, **arguments)
         check_tensor("labels", labels)
         given = arguments.get("inputs_embeds") if input_ids is None else input_ids
         if isinstance(given, Tensor):
             self._check_labels(given, labels, 0)
         hidden = self.model(input_ids, **{"use_cache": False, **arguments, "return_dict": True}).last_hidden_state
-        if type(self.lm_head) not in (nn.Linear, SharedHead) or getattr(self.lm_head, "bias", None) is not None:
+        is_matrix = type(self.lm_head) in (nn.Linear, SharedHead) and getattr(self.lm_head, "bias", None) is None
+        if not is_matrix or is_spread(self.lm_head.weight):
             return causal_lm_loss(self.lm_head(hidden), labels)
         return chunked_causal_lm_loss(hidden, labels, self.lm_head.weight)
 
@@ -283,6 +287,11 @@ class OpenLlamaForCausalLM(PretrainedModel, CausalLM):
     def _check_labels(self, tokens: Tensor, labels: Tensor | None, logits_to_keep: int) -> None:
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
             raise InputError(f"logits_to_keep must be a number of positions, 0 or more, got {logits_to_keep!r}")
+        if self.lm_head is None and is_spread(self.model.embedding.tokens.weight):
+            raise InputError(
+                "the embedding table is spread over processes apart from the head that shares it; shard the model as "
+                "a whole (openllama.parallel.shard), and leave the table out of a tensor-parallel plan"
+            )
         if labels is None:
             return
         if logits_to_keep:

@@ -16,6 +16,7 @@ from openllama.attention import check_backend
 from openllama.checkpoint.adapters import ADAPTER_PREFIX
 from openllama.checkpoint.export import export
 from openllama.checkpoint.folders import check_destination, finished_folder
+from openllama.checkpoint.gather import one_writer
 from openllama.checkpoint.names import (
     EMBEDDING,
     LM_HEAD,
@@ -271,6 +272,9 @@ class PretrainedModel(nn.Module):
         Only where ``is_main_process`` is a file written. ``save_function``: torch's or accelerate's ``save``; files
         are written by this package all the same.
 
+        Where weights are spread over processes (FSDP2, tensor parallelism), all processes call this: the first
+        writes, gathering one weight at a time, and its error is raised in all.
+
         Raises ``KeyMismatchError`` if the weights are not those of the config,
         ``ConfigError`` if a plain LLaMA computes something else, ``InputError`` for arguments of transformers that
         cannot be honoured (``dropin.SAVING``), ``DestinationExistsError``, or ``OSError`` when the disk is full.
@@ -278,16 +282,20 @@ class PretrainedModel(nn.Module):
         if unknown := without_neutral("save_pretrained", others, SAVING):
             raise InputError(f"save_pretrained does not know {listed(sorted(unknown))}")
         _check_save_function(save_function)
-        if not (is_main_process and getattr(getattr(save_function, "__self__", None), "is_main_process", True)):
-            return
-        check_destination(Path(folder), overwrite)
+        is_main_process &= getattr(getattr(save_function, "__self__", None), "is_main_process", True)
         weights = select(self.state_dict() if state_dict is None else unwrap(state_dict), self.config, self._head)
-        exported = export(layout, weights, self.config)
-        with finished_folder(Path(folder), OURS) as unfinished:
-            exported.write_files(unfinished)
-            if hasattr(self, "generation_config"):
-                self.generation_config.save_pretrained(unfinished)
-            write_weights(unfinished, exported.tensors, max_shard_size=max_shard_size, file_format=exported.file_format)
+        with one_writer(weights.tensors) as tensors:
+            if tensors is None or not is_main_process:
+                return
+            check_destination(Path(folder), overwrite)
+            exported = export(layout, dataclasses.replace(weights, tensors=tensors), self.config)
+            with finished_folder(Path(folder), OURS) as unfinished:
+                exported.write_files(unfinished)
+                if hasattr(self, "generation_config"):
+                    self.generation_config.save_pretrained(unfinished)
+                write_weights(
+                    unfinished, exported.tensors, max_shard_size=max_shard_size, file_format=exported.file_format
+                )
 
     def _wants_dict(self, input_ids: Tensor | Inputs | None, return_dict: bool | None) -> bool:
         """Whether a forward pass returns an output by names; else a tuple, except to those who gave ``Inputs``."""
@@ -364,3 +372,13 @@ def warn_of_unmatched_adapter(model: nn.Module, keys: Any) -> None:
             f"{len(unmatched)} weights of an adapter match no module of this model and change nothing, such as "
             f"{unmatched[0]}; `openllama convert` renames adapters that were trained on transformers' model"
         )
+
+
+def register_with_fsdp(model: nn.Module, method: str) -> bool:
+    """Register a method that computes with FSDP2, which gathers weights for those that it knows; False if it does."""
+    if not hasattr(model, "unshard") or method in vars(model):
+        return False
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    register_fsdp_forward_method(model, method)
+    return True

@@ -2,14 +2,15 @@
 
 In a ```python block the comments directly below a statement are its output. In a ```console block a line that begins
 with "$ " is a command, and what follows is its output; "..." stands for what varies, such as a speed. Commands of this
-package and ``make demo`` are run. Of what takes minutes (training, benchmarks, other make targets) it is checked that
-the script or target and its options exist; no output may be shown for it.
+package, ``make demo`` and ``torchrun`` are run. Of what takes minutes (training, benchmarks, other make targets) it is
+checked that the script or target and its options exist; no output may be shown for it.
 """
 
 from __future__ import annotations
 
 import ast
 import doctest
+import os
 import re
 import shlex
 import subprocess
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch import distributed as dist
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -25,6 +27,7 @@ PAGES = sorted(
     for page in (*ROOT.glob("*.md"), *(p for p in ROOT.glob("*/*.md") if not p.parent.name.startswith(".")))
 )
 FOLDER = "checkpoints/open-llama-tiny-native"  # that ``make demo`` writes
+WRITTEN = "checkpoints/written"  # by Python blocks: put elsewhere
 
 
 def text_of(page: str) -> str:
@@ -57,13 +60,24 @@ def shown_in(block: str) -> str:
     return "\n".join(shown)
 
 
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What torchrun says to a process that it starts alone."""
+    said = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    yield
+    if dist.is_initialized():  # a block failed
+        dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("page", PAGES)
-def test_python_blocks_run_and_print_what_is_shown(page, monkeypatch, capsys):
+def test_python_blocks_run_and_print_what_is_shown(page, alone, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(ROOT)
     names: dict[str, object] = {}
     for language, block in blocks(page):
         if language == "python":
-            exec(compile(block, page, "exec"), names)
+            exec(compile(block.replace(WRITTEN, str(tmp_path)), page, "exec"), names)
             assert_shown(shown_in(block), capsys.readouterr().out)
 
 
@@ -120,7 +134,7 @@ def test_a_command_prints_what_is_shown(demo, page, command, shown):
 
 @pytest.mark.parametrize(
     ("page", "command", "shown"),
-    [session for session in SESSIONS if not session[1].startswith(("openllama ", "make demo"))],
+    [session for session in SESSIONS if not session[1].startswith(("openllama ", "make demo", "torchrun "))],
 )
 def test_a_command_that_takes_long_exists_with_its_options_and_shows_no_output(page, command, shown):
     assert not shown.strip(), "what is not run shows no output"
@@ -145,11 +159,33 @@ def test_a_command_that_takes_long_exists_with_its_options_and_shows_no_output(p
         assert command.startswith(known), f"{page}: who runs {command!r}?"
 
 
+@pytest.mark.parametrize(
+    ("page", "command", "shown"), [session for session in SESSIONS if session[1].startswith("torchrun ")]
+)
+def test_a_program_prints_in_several_processes_what_one_process_prints(tmp_path, page, command, shown):
+    """The programs are the Python blocks that begin with their names, which run in one process above."""
+    *options, name = shlex.split(command)[1:]
+    [program] = [block for language, block in blocks(page) if language == "python" and block.startswith(f"# {name}\n")]
+    (tmp_path / name).write_text(program.replace(WRITTEN, str(tmp_path)), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *options, str(tmp_path / name)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert_shown(shown, done.stdout)
+    assert_shown(shown, shown_in(program))
+
+
 def test_commands_stand_in_console_blocks():
     for page in PAGES:
         for language, block in blocks(page):
             if language == "":
-                assert not re.search(r"^(\$|openllama|make|python|pip) ", block, re.M), f"{page}: {block}"
+                assert not re.search(r"^(\$|openllama|make|python|pip|torchrun) ", block, re.M), f"{page}: {block}"
 
 
 def test_the_pages_show_real_output():

@@ -143,6 +143,7 @@ def test_no_module_needs_a_private_part_of_torch_to_be_imported() -> None:
 
 def test_importing_the_package_brings_only_what_models_need() -> None:
     unneeded = ("transformers", "huggingface_hub", "xformers", "gguf", "matplotlib", "scipy", "pandas", "pytest")
+    unneeded += ("torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint")
     code = f"import sys, openllama; print(*[name for name in {unneeded!r} if name in sys.modules])"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent

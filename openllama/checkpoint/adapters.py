@@ -103,7 +103,7 @@ def convert_adapter(
         name: tensor.to(dtype).clone(memory_format=torch.contiguous_format)
         for name, tensor in rename_adapter(open_file(file), layout).items()
     }  # small enough for memory
-    if any(TABLE[to] in name for name in tensors):
+    if any(TABLE[layout] in name for name in tensors):
         warn(
             "an adapter of the embedding table changes the input alone with transformers, until it is merged; here it "
             "changes the logits, too, where the model shares the table"

@@ -15,6 +15,8 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from openllama.checkpoint.gather import Spread
+
 PIECE = 2**21  # numbers in a piece: 8 MiB in float32, which a cache holds
 T = TypeVar("T")
 Tick = Callable[[int], object]  # called with the number of bytes done
@@ -61,7 +63,8 @@ def pieces(source: Source, read: Callable[[Tensor], Tensor] = lambda part: part)
     ``read`` gives the numbers of a part of the source.
     """
     computed = source if isinstance(source, Computed) else None
-    for part in _parts(source.source if isinstance(source, Computed) else source):
+    whole = source.source if isinstance(source, Computed) else source
+    for part in _parts(whole.gather() if isinstance(whole, Spread) else whole):
         piece = read(part.detach()).to("cpu")
         yield (piece if computed is None else computed.of(piece)).contiguous()
 

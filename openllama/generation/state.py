@@ -7,7 +7,7 @@ as ``checks.py`` has settled the request, and no value is read but "have all end
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from openllama.attention import backend_with_weights
 from openllama.cache import Cache, GrowingCache, PreallocatedCache
+from openllama.checkpoint.gather import is_spread
 from openllama.checks import warn_beyond_training
 from openllama.config import OpenLlamaConfig
 from openllama.generation.config import GenerationConfig
@@ -52,6 +53,8 @@ class LanguageModel(Protocol):
 
     @property
     def prepare_inputs_for_generation(self) -> Callable[..., dict[str, Any]]: ...
+
+    def parameters(self) -> Iterable[Tensor]: ...
 
     def get_decoder(self) -> Callable[..., Any]: ...
 
@@ -107,6 +110,7 @@ class Sequences:
             self._mask = F.pad(self._mask, (0, config.max_length - self.length), value=1)
             self._positions = positions_from_mask(self._mask)
         self._embeds = request.inputs_embeds
+        self._is_spread = any(map(is_spread, model.parameters()))
         self._own_inputs, self._takes_inputs = has_own_inputs(model), takes_inputs(model)
         self.cache: Cache = GrowingCache(()) if request.past is None else request.past
         if config.use_cache:
@@ -138,6 +142,8 @@ class Sequences:
         self._embeds = None  # from here on the cache holds them
         if self.config.use_cache:
             self.cache = output.past_key_values
+            if self._is_spread:
+                self.cache = self._make_cache(len(output.logits), self._offset + self.config.max_length)
         logits = output.logits[:, -keep:]
         return logits.to(torch.promote_types(logits.dtype, torch.float32)), output
 
@@ -195,7 +201,12 @@ class Sequences:
             return past
         if self.backend == "eager" or not self._own_inputs:  # replaced inputs may put tokens before the prompt
             return GrowingCache(past)
-        cache = PreallocatedCache(model.config, batch, room, model.dtype, model.device)
+        heads, dtype, device = None, model.dtype, model.device
+        if self._is_spread:  # a process may have a part of the heads, or another type: the first keys tell
+            if not past:
+                return past
+            heads, dtype, device = past[0][0].shape[1], past[0][0].dtype, past[0][0].device
+        cache = PreallocatedCache(model.config, batch, room, dtype, device, heads)
         if past:
             cache.advance([cache.append(layer, key, value) for layer, (key, value) in enumerate(past)])
         return cache
