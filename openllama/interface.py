@@ -287,7 +287,7 @@ class OpenLlamaForCausalLM(PretrainedModel, CausalLM):
     def _check_labels(self, tokens: Tensor, labels: Tensor | None, logits_to_keep: int) -> None:
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
             raise InputError(f"logits_to_keep must be a number of positions, 0 or more, got {logits_to_keep!r}")
-        if self.lm_head is None and is_spread(self.model.embedding.tokens.weight):
+        if isinstance(self.lm_head, SharedHead) and is_spread(self.model.embedding.tokens.weight):
             raise InputError(
                 "the embedding table is spread over processes apart from the head that shares it; shard the model as "
                 "a whole (openllama.parallel.shard), and leave the table out of a tensor-parallel plan"
