@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import json
 import math
 import sys
@@ -26,6 +27,7 @@ from torch import Tensor
 from openllama.errors import CheckpointNotFoundError, ConfigError, OpenLlamaError, listed, warn
 
 T = TypeVar("T")
+FIELDS = "\nFields:"  # ends the part of a docstring that is written by hand
 Rule = Callable[[Any], Any]  # returns a value as it is to be kept; raises ValueError with the words after "must be"
 
 MODEL_TYPE = "open-llama"
@@ -41,14 +43,14 @@ MAX_SIZE = 2**28  # of a dimension; the bytes of a matrix are then a number that
 # ---- settings and their rules
 
 
-def setting(default: T, rule: Rule) -> T:
+def setting(default: T, rule: Rule, about: str) -> T:
     """A field of a ``Settings`` class: ``default``, or what ``rule`` lets pass, then and when it is assigned later."""
-    return field(default=default, metadata={"rule": rule, "assignable": True})
+    return field(default=default, metadata={"rule": rule, "about": about, "assignable": True})
 
 
-def fixed(default: T, rule: Rule) -> T:
+def fixed(default: T, rule: Rule, about: str) -> T:
     """A ``setting`` that cannot be assigned, because modules were built from it."""
-    return field(default=default, metadata={"rule": rule})
+    return field(default=default, metadata={"rule": rule, "about": about})
 
 
 def boolean(value: Any) -> bool:
@@ -119,6 +121,12 @@ class Settings:
     held_by: ClassVar[str]  # for the error of an assignment: where the configuration is kept,
     taken_by: ClassVar[str]  # and what takes its fields as arguments
 
+    def __init_subclass__(cls) -> None:
+        """``help`` shows what each field is."""
+        abouts = {name: f.metadata["about"] for name, f in vars(cls).items() if isinstance(f, dataclasses.Field)}
+        rows = (f"    {name}: {about}" for name, about in abouts.items())
+        cls.__doc__ = "\n".join((inspect.cleandoc(cls.__doc__ or ""), FIELDS, *rows))
+
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             value, rule = getattr(self, f.name), f.metadata.get("rule")
@@ -156,6 +164,8 @@ def mapping(value: Any) -> dict[str, Any]:
         raise ValueError("a mapping")
     return dict(value)
 
+
+EXTRA = {"rule": mapping, "about": "other keys of the file"}  # the field ``extra`` of a ``Settings`` class
 
 # ---- small files, which are read as a whole: no more bytes than a limit, whatever a stranger sends
 
@@ -290,33 +300,36 @@ class OpenLlamaConfig(Settings):
     is_encoder_decoder: ClassVar[bool] = False  # and trainers for this
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]  # trainers do not gather it as a prediction
 
-    vocab_size: int = fixed(100000, size)  # V: rows of the embedding table; may exceed the tokenizer's pieces
-    hidden_size: int = fixed(4096, size)  # C: width of the residual stream
-    intermediate_size: int = fixed(11008, size)  # width inside the MLP
-    num_hidden_layers: int = fixed(32, integer(1, most=MAX_LAYERS))
-    num_attention_heads: int = fixed(32, size)  # H: each of hidden_size / H dimensions
-    hidden_act: str = fixed("silu", one_of(*ACTIVATIONS))  # gate activation of the MLP
-    max_position_embeddings: int = fixed(2048, integer(1))  # trained context; dynamic NTK scaling starts beyond it
-    initializer_range: float = fixed(0.02, number("[0, inf)"))  # standard deviation of freshly drawn weights
-    rms_norm_eps: float = fixed(1e-6, number("[0, inf)"))  # of the RMSNorms; the embedding LayerNorm uses 1e-5
-    use_cache: bool = setting(True, boolean)  # return keys and values unless a call says otherwise
-    # its embedding row starts at zero and gets no gradient; assigned later, it only says which tokens are padding
-    pad_token_id: int | None = setting(0, optional(integer()))
-    bos_token_id: int | None = setting(1, optional(integer()))
-    eos_token_id: int | list[int] | None = setting(2, optional(id_or_ids))  # one id, or several that each end a text
-    tie_word_embeddings: bool = fixed(False, boolean)  # lm_head, where there is one, is the embedding table
-    use_memory_efficient_attention: bool = fixed(True, boolean)  # default backend: sdpa, or eager when off
-    hidden_dropout_prob: float = fixed(0.1, number("[0, 1]"))  # on the output of each MLP, in training
-    attention_dropout_prob: float = fixed(0.1, number("[0, 1]"))  # on the attention weights, in training
-    use_stable_embedding: bool = fixed(True, boolean)  # LayerNorm after the embedding lookup
-    shared_input_output_embedding: bool = fixed(True, boolean)  # no lm_head: logits come from the embedding table
-    rope_scaling: dict[str, Any] | None = fixed(None, optional(_rope_scaling))  # type and factor
-    num_labels: int = fixed(2, size)  # classes of the sequence classifier
-    problem_type: str | None = setting(None, optional(one_of(*PROBLEM_TYPES)))  # None: inferred from the labels
-    output_attentions: bool = setting(False, boolean)  # these three are defaults of a forward call
-    output_hidden_states: bool = setting(False, boolean)
-    return_dict: bool = setting(True, boolean)
-    extra: dict[str, Any] = field(default_factory=dict, metadata={"rule": mapping})  # other keys of a config.json
+    vocab_size: int = fixed(100000, size, "V: rows of the embedding table; may exceed the tokenizer's pieces")
+    hidden_size: int = fixed(4096, size, "C: width of the residual stream")
+    intermediate_size: int = fixed(11008, size, "width inside the MLP")
+    num_hidden_layers: int = fixed(32, integer(1, most=MAX_LAYERS), "layers, each of attention and MLP")
+    num_attention_heads: int = fixed(32, size, "H: each of hidden_size / H dimensions")
+    hidden_act: str = fixed("silu", one_of(*ACTIVATIONS), "gate activation of the MLP")
+    max_position_embeddings: int = fixed(2048, integer(1), "trained context; dynamic NTK scaling starts beyond it")
+    initializer_range: float = fixed(0.02, number("[0, inf)"), "standard deviation of freshly drawn weights")
+    rms_norm_eps: float = fixed(1e-6, number("[0, inf)"), "of the RMSNorms; the embedding LayerNorm uses 1e-5")
+    use_cache: bool = setting(True, boolean, "return keys and values unless a call says otherwise")
+    pad_token_id: int | None = setting(
+        0,
+        optional(integer()),
+        "its embedding row starts at zero and gets no gradient; assigned later, it only says which tokens are padding",
+    )
+    bos_token_id: int | None = setting(1, optional(integer()), "begins a text")
+    eos_token_id: int | list[int] | None = setting(2, optional(id_or_ids), "ends a text; one id, or several")
+    tie_word_embeddings: bool = fixed(False, boolean, "lm_head, if it has a weight, has that of the table")
+    use_memory_efficient_attention: bool = fixed(True, boolean, "default backend: sdpa, or eager when off")
+    hidden_dropout_prob: float = fixed(0.1, number("[0, 1]"), "on the output of each MLP, in training")
+    attention_dropout_prob: float = fixed(0.1, number("[0, 1]"), "on the attention weights, in training")
+    use_stable_embedding: bool = fixed(True, boolean, "LayerNorm after the embedding lookup")
+    shared_input_output_embedding: bool = fixed(True, boolean, "the embedding table makes the logits, too")
+    rope_scaling: dict[str, Any] | None = fixed(None, optional(_rope_scaling), "type and factor")
+    num_labels: int = fixed(2, size, "classes of the sequence classifier")
+    problem_type: str | None = setting(None, optional(one_of(*PROBLEM_TYPES)), "None: inferred from the labels")
+    output_attentions: bool = setting(False, boolean, "return the attention weights unless a call says otherwise")
+    output_hidden_states: bool = setting(False, boolean, "return the hidden states unless a call says otherwise")
+    return_dict: bool = setting(True, boolean, "return an output with names, not a tuple, unless a call says otherwise")
+    extra: dict[str, Any] = field(default_factory=dict, metadata=EXTRA)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from openllama.config import FIELDS
+
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference.md"
 
 PUBLIC = {  # module -> its public names, in the order of the page
@@ -161,22 +163,26 @@ def signature(function: Any, skipped: int = 0) -> str:
 
 
 def fields(cls: type) -> Iterator[str]:
-    """Rows of a table: the fields of a dataclass or a named tuple, with the comments beside or above them."""
+    """Rows of a table: the fields of a dataclass or a named tuple, with what is said of each."""
     if not dataclasses.is_dataclass(cls) and not hasattr(cls, "_fields"):
         return
     lines = inspect.getsource(cls).splitlines()
+    declared = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
+    abouts = {f.name: f.metadata["about"] for f in declared if "about" in f.metadata}
     for item in ast.walk(ast.parse("\n".join(lines))):
         if not isinstance(item, ast.AnnAssign) or item.col_offset > 4:  # deeper are variables of methods
             continue
         if "ClassVar" not in ast.unparse(item.annotation):
-            cells = [f"`{ast.unparse(item.target)}`", f"`{ast.unparse(item.annotation)}`", default(item.value)]
-            yield "| " + " | ".join(cell.replace("|", r"\|") for cell in [*cells, comment(item, lines)]) + " |"
+            name = ast.unparse(item.target)
+            cells = [f"`{name}`", f"`{ast.unparse(item.annotation)}`", default(item.value)]
+            cells.append(abouts.get(name) or comment(item, lines))
+            yield "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
 
 
 def default(value: ast.expr | None) -> str:
     if value is None:
         return ""
-    if isinstance(value, ast.Call) and ast.unparse(value.func) == "setting":  # setting(default, rule)
+    if isinstance(value, ast.Call) and ast.unparse(value.func) in ("setting", "fixed"):  # (default, rule, about)
         value = value.args[0]
     if isinstance(value, ast.Call) and ast.unparse(value.func) == "field":  # field(default_factory=dict, ...)
         return f"`{ast.unparse(value.keywords[0].value)}()`"
@@ -193,8 +199,9 @@ def comment(item: ast.AnnAssign, lines: list[str]) -> str:
 
 
 def documentation(value: Any) -> str:
-    """The docstring; outside of code a "<" would begin a tag."""
-    return re.sub(r"(``.*?``)|<", lambda found: found[1] or "&lt;", inspect.getdoc(value) or "")
+    """The docstring, without fields, which have a table; outside of code a "<" would begin a tag."""
+    text = (inspect.getdoc(value) or "").partition(FIELDS)[0].rstrip()
+    return re.sub(r"(``.*?``)|<", lambda found: found[1] or "&lt;", text)
 
 
 def code(text: str) -> str:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import pickle
+import pydoc
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from openllama import OpenLlamaConfig
 from openllama.config import ACTIVATIONS
 from openllama.errors import CheckpointNotFoundError, ConfigError
+from openllama.generation import GenerationConfig
 from tests.draw import examples
 from tests.parity.draws import configs
 from tests.tiny import tiny_config, tiny_ids, tiny_model
@@ -406,3 +408,11 @@ def test_hostile_files(tmp_path, text, message):
     (tmp_path / "config.json").write_bytes(text)
     with pytest.raises(ConfigError, match=message):
         OpenLlamaConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [OpenLlamaConfig, GenerationConfig])
+def test_help_says_what_each_field_is(kind: type) -> None:
+    shown = pydoc.render_doc(kind, renderer=pydoc.plaintext)
+    for field in dataclasses.fields(kind):
+        assert f"{field.name}: {field.metadata['about']}" in shown
+        assert field.metadata["about"]

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from openllama.config import (
+    EXTRA,
     OpenLlamaConfig,
     Settings,
     boolean,
     id_or_ids,
     integer,
-    mapping,
     number,
     one_of,
     optional,
@@ -83,75 +83,100 @@ class GenerationConfig(Settings):
     taken_by: ClassVar[str] = "generate"
 
     # -- length --
-    max_length: int = setting(20, integer(1))  # tokens of prompt and continuation together
-    max_new_tokens: int | None = setting(None, optional(integer(1)))  # tokens of the continuation; replaces max_length
-    min_length: int | None = setting(0, optional(integer(0)))  # eos is not generated before; counts the prompt
-    min_new_tokens: int | None = setting(None, optional(integer(0)))  # the same, not counting the prompt
-    # seconds, after which no further token is started
-    max_time: float | None = setting(None, optional(number("(0, inf]", off("None"))))
+    max_length: int = setting(20, integer(1), "tokens of prompt and continuation together")
+    max_new_tokens: int | None = setting(None, optional(integer(1)), "tokens of the continuation; replaces max_length")
+    min_length: int | None = setting(0, optional(integer(0)), "eos is not generated before; counts the prompt")
+    min_new_tokens: int | None = setting(None, optional(integer(0)), "the same, not counting the prompt")
+    max_time: float | None = setting(
+        None, optional(number("(0, inf]", off("None"))), "seconds, after which no further token is started"
+    )
 
     # -- strategy --
-    do_sample: bool = setting(False, boolean)  # draw from the distribution; else take the likeliest token
-    num_beams: int = setting(1, integer(1))  # sequences that beam search follows at a time; 1: no beam search
-    num_beam_groups: int = setting(1, integer(1))  # groups of beams that avoid each other's tokens
-    # subtracted from a token's score for each beam of an earlier group that has taken the token
-    diversity_penalty: float | None = setting(0.0, optional(number("[0, inf)", off("0.0"))))
-    # when beam search stops, once num_beams sequences have ended: True: at once; False: when no running beam has a
-    # better score now; "never": when no running beam can reach a better score
-    early_stopping: bool | Literal["never"] = setting(False, one_of(True, False, "never"))
-    # beams are ranked by score / length ** length_penalty: above 0 favours long sequences
-    length_penalty: float = setting(1.0, number(hint=off("0.0")))
-    penalty_alpha: float | None = setting(None, optional(number("[0, 1]", off("None"))))  # turns on contrastive search
-    prompt_lookup_num_tokens: int | None = setting(None, optional(integer(1)))  # tokens to guess from the text so far
-    max_matching_ngram_size: int = setting(2, integer(1))  # prompt lookup: longest n-gram that is searched for
-    use_cache: bool = setting(True, boolean)  # False: compute the whole sequence again for each token
-    num_return_sequences: int = setting(1, integer(1))  # continuations of each prompt
+    do_sample: bool = setting(False, boolean, "draw from the distribution; else take the likeliest token")
+    num_beams: int = setting(1, integer(1), "sequences that beam search follows at a time; 1: no beam search")
+    num_beam_groups: int = setting(1, integer(1), "groups of beams that avoid each other's tokens")
+    diversity_penalty: float | None = setting(
+        0.0,
+        optional(number("[0, inf)", off("0.0"))),
+        "subtracted from a token's score for each beam of an earlier group that has taken the token",
+    )
+    early_stopping: bool | Literal["never"] = setting(
+        False,
+        one_of(True, False, "never"),
+        "when beam search stops, once num_beams sequences have ended: True: at once; False: when no running beam has a "
+        "better score now; 'never': when no running beam can reach a better score",
+    )
+    length_penalty: float = setting(
+        1.0,
+        number(hint=off("0.0")),
+        "beams are ranked by score / length ** length_penalty: above 0 favours long sequences",
+    )
+    penalty_alpha: float | None = setting(None, optional(number("[0, 1]", off("None"))), "turns on contrastive search")
+    prompt_lookup_num_tokens: int | None = setting(None, optional(integer(1)), "tokens to guess from the text so far")
+    max_matching_ngram_size: int = setting(2, integer(1), "prompt lookup: longest n-gram that is searched for")
+    use_cache: bool = setting(True, boolean, "False: compute the whole sequence again for each token")
+    num_return_sequences: int = setting(1, integer(1), "continuations of each prompt")
 
     # -- sampling filters --
-    # logits are divided by the temperature: below 1 sharpens the distribution, above 1 flattens it
-    temperature: float | None = setting(1.0, optional(number("(0, inf)", NOT_ZERO)))
-    top_k: int | None = setting(50, optional(integer(0, off("0"))))  # keep the k likeliest tokens
-    # keep the likeliest tokens whose probabilities sum to top_p
-    top_p: float | None = setting(1.0, optional(number("(0, 1]", off("1.0"))))
-    # keep tokens at least min_p times as likely as the likeliest
-    min_p: float | None = setting(None, optional(number("[0, 1]", off("None"))))
-    # keep the tokens whose surprise is nearest the expected one and whose probabilities sum to typical_p
-    typical_p: float | None = setting(1.0, optional(number("(0, 1]", off("1.0"))))
+    temperature: float | None = setting(
+        1.0,
+        optional(number("(0, inf)", NOT_ZERO)),
+        "logits are divided by the temperature: below 1 sharpens the distribution, above 1 flattens it",
+    )
+    top_k: int | None = setting(50, optional(integer(0, off("0"))), "keep the k likeliest tokens")
+    top_p: float | None = setting(
+        1.0, optional(number("(0, 1]", off("1.0"))), "keep the likeliest tokens whose probabilities sum to top_p"
+    )
+    min_p: float | None = setting(
+        None, optional(number("[0, 1]", off("None"))), "keep tokens at least min_p times as likely as the likeliest"
+    )
+    typical_p: float | None = setting(
+        1.0,
+        optional(number("(0, 1]", off("1.0"))),
+        "keep the tokens whose surprise is nearest the expected one and whose probabilities sum to typical_p",
+    )
     epsilon_cutoff: float | None = setting(
-        0.0, optional(number("[0, 1)", off("0.0")))
-    )  # keep tokens at least this likely
-    # like epsilon_cutoff, with a lower bar where the distribution is flat
-    eta_cutoff: float | None = setting(0.0, optional(number("[0, 1)", off("0.0"))))
+        0.0, optional(number("[0, 1)", off("0.0"))), "keep tokens at least this likely"
+    )
+    eta_cutoff: float | None = setting(
+        0.0,
+        optional(number("[0, 1)", off("0.0"))),
+        "like epsilon_cutoff, with a lower bar where the distribution is flat",
+    )
 
     # -- scores of tokens --
-    # above 1 makes tokens of the sequence so far less likely
-    repetition_penalty: float | None = setting(1.0, optional(number("(0, inf)", off("1.0"))))
-    no_repeat_ngram_size: int | None = setting(0, optional(integer(0, off("0"))))  # no n-gram of this size comes twice
-    bad_words_ids: list[list[int]] | None = setting(None, optional(id_lists))  # sequences that are never generated
-    # added to the score of the token that would complete a sequence
-    sequence_bias: Mapping[tuple[int, ...], float] | None = setting(None, optional(bias))
-    suppress_tokens: list[int] | None = setting(None, optional(token_ids))  # tokens that are never generated
-    begin_suppress_tokens: list[int] | None = setting(None, optional(token_ids))  # tokens that are not generated first
-    forced_bos_token_id: int | None = setting(None, optional(integer()))  # the token after a prompt of one token
-    # the last token of a sequence that reaches max_length
-    forced_eos_token_id: int | list[int] | None = setting(None, optional(id_or_ids))
-    # (new tokens to wait, factor per token) for the score of the eos token
-    exponential_decay_length_penalty: tuple[int, float] | None = setting(None, optional(wait_and_factor))
-    remove_invalid_values: bool = setting(False, boolean)  # NaN becomes 0, infinity the largest number
-    renormalize_logits: bool = setting(False, boolean)  # end with log-probabilities
+    repetition_penalty: float | None = setting(
+        1.0, optional(number("(0, inf)", off("1.0"))), "above 1 makes tokens of the sequence so far less likely"
+    )
+    no_repeat_ngram_size: int | None = setting(0, optional(integer(0, off("0"))), "no n-gram of this size comes twice")
+    bad_words_ids: list[list[int]] | None = setting(None, optional(id_lists), "sequences that are never generated")
+    sequence_bias: Mapping[tuple[int, ...], float] | None = setting(
+        None, optional(bias), "added to the score of the token that would complete a sequence"
+    )
+    suppress_tokens: list[int] | None = setting(None, optional(token_ids), "tokens that are never generated")
+    begin_suppress_tokens: list[int] | None = setting(None, optional(token_ids), "tokens that are not generated first")
+    forced_bos_token_id: int | None = setting(None, optional(integer()), "the token after a prompt of one token")
+    forced_eos_token_id: int | list[int] | None = setting(
+        None, optional(id_or_ids), "the last token of a sequence that reaches max_length"
+    )
+    exponential_decay_length_penalty: tuple[int, float] | None = setting(
+        None, optional(wait_and_factor), "(new tokens to wait, factor per token) for the score of the eos token"
+    )
+    remove_invalid_values: bool = setting(False, boolean, "NaN becomes 0, infinity the largest number")
+    renormalize_logits: bool = setting(False, boolean, "end with log-probabilities")
 
     # -- output --
-    return_dict_in_generate: bool = setting(False, boolean)  # a GenerateOutput instead of ids
-    output_scores: bool = setting(False, boolean)  # with the scores each token was picked by
-    output_logits: bool = setting(False, boolean)  # with the model's own logits
-    output_attentions: bool = setting(False, boolean)
-    output_hidden_states: bool = setting(False, boolean)
+    return_dict_in_generate: bool = setting(False, boolean, "a GenerateOutput instead of ids")
+    output_scores: bool = setting(False, boolean, "with the scores each token was picked by")
+    output_logits: bool = setting(False, boolean, "with the model's own logits")
+    output_attentions: bool = setting(False, boolean, "with the attention weights of each forward pass")
+    output_hidden_states: bool = setting(False, boolean, "with the hidden states of each forward pass")
 
     # -- special tokens --
-    pad_token_id: int | None = setting(None, optional(integer()))  # follows a sequence that ends before its batch does
-    bos_token_id: int | None = setting(None, optional(integer()))  # begins a sequence where no prompt is given
-    eos_token_id: int | list[int] | None = setting(None, optional(id_or_ids))  # each ends a sequence
-    extra: dict[str, Any] = field(default_factory=dict, metadata={"rule": mapping})  # other keys of the file
+    pad_token_id: int | None = setting(None, optional(integer()), "follows a sequence that ends before its batch does")
+    bos_token_id: int | None = setting(None, optional(integer()), "begins a sequence where no prompt is given")
+    eos_token_id: int | list[int] | None = setting(None, optional(id_or_ids), "each ends a sequence")
+    extra: dict[str, Any] = field(default_factory=dict, metadata=EXTRA)
 
     @property
     def eos_token_ids(self) -> list[int]:
