@@ -18,7 +18,7 @@ from tests.tiny import tiny_ids, tiny_model
 
 PAGE = Path(__file__).parents[1] / "docs" / "dropin.md"
 ASKS: dict[str, Any] = {"weights_only": False, "save_peft_format": False, "save_original_format": False,
-                        "safe_serialization": False, "low_cpu_mem_usage": "yes", "local_files_only": "yes",
+                        "safe_serialization": False, "save_config": False, "low_cpu_mem_usage": "yes", "local_files_only": "yes",
                         "trust_remote_code": "yes"}  # fmt: skip
 
 
