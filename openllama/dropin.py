@@ -81,6 +81,7 @@ SAVING: dict[str, Foreign] = {
     "commit_message": _UPLOAD,
     "private": _UPLOAD,
     "create_pr": _UPLOAD,
+    "save_config": Foreign("is_main_process says whether files are written", (None, True)),
     "variant": Foreign("files have the names that from_pretrained looks for", (None,)),
     "save_peft_format": Foreign("save an adapter with its own save_pretrained", (None, True)),
     "save_original_format": Foreign("give layout: 'native', 'hf' or 'llama'", (None, True)),

@@ -41,6 +41,7 @@ from openllama.surgery import check_resizable, check_special_ids, own_head, resi
 Model = TypeVar("Model", bound="PretrainedModel")
 Device: TypeAlias = torch.device | str | int
 DeviceMap: TypeAlias = Device | Mapping[str, Device]  # a mapping of names of modules, as transformers has it
+SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 SAVERS = ("torch", "accelerate")  # packages whose ``save`` writes what it is given
 
 
@@ -57,6 +58,7 @@ class PretrainedModel(nn.Module):
     checkpoint_arguments: dict[str, Any]
     _attn_implementation: str
     _generation_config: GenerationConfig
+    _config_ids: dict[str, Any]  # the special ids of the config that the generation config knows of
     _require_grads: RemovableHandle | None = None
     name_or_path: str  # where ``from_pretrained`` found the model
 
@@ -73,12 +75,20 @@ class PretrainedModel(nn.Module):
 
     @property
     def generation_config(self) -> GenerationConfig:
-        """The settings of ``generate``, of models that have it; one of transformers may be assigned."""
+        """The settings of ``generate``, of models that have it; one of transformers may be assigned.
+
+        A special id that is changed in ``config`` is changed here, too, as in transformers 4.31.0.
+        """
+        for name in SPECIAL_IDS:
+            if (now := getattr(self.config, name)) != self._config_ids[name]:
+                setattr(self._generation_config, name, now)
+                self._config_ids[name] = now
         return self._generation_config
 
     @generation_config.setter
     def generation_config(self, config: Any) -> None:
         self._generation_config = adopt(config, self.__dict__.get("_generation_config", GenerationConfig()))
+        self._config_ids = {name: getattr(self.config, name) for name in SPECIAL_IDS}
 
     @property
     def base_model(self) -> PretrainedModel:

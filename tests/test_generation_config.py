@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from openllama import OpenLlamaForCausalLM
 from openllama.errors import ConfigError, InputError
 from openllama.generation import GenerationConfig, prepare
 from openllama.generation.arguments import Arguments, GenerationSettings
@@ -124,6 +125,23 @@ def test_a_setting_can_be_assigned_and_is_checked(model):
     own = make_model()
     own.generation_config.max_new_tokens = 4
     assert torch.equal(own.generate(ONE), model.generate(ONE, max_new_tokens=4))
+
+
+def test_an_id_that_is_changed_in_the_config_of_a_model_counts_for_generate(tmp_path):
+    """``model.config.pad_token_id = tokenizer.pad_token_id``, as code for transformers has it."""
+    own = make_model()
+    own.generation_config = GenerationConfig(max_new_tokens=6, eos_token_id=3)
+    own.save_pretrained(tmp_path)
+    own = OpenLlamaForCausalLM.from_pretrained(tmp_path)
+    assert (own.config.eos_token_id, own.generation_config.eos_token_id) == (None, 3)  # what a file says stays
+    second = own.generate(ONE, eos_token_id=None)[0, 4].item()
+    own.config.eos_token_id, own.config.pad_token_id = second, 7
+    assert own.generation_config == GenerationConfig(max_new_tokens=6, eos_token_id=second, pad_token_id=7)
+    assert own.generate(ONE).shape[1] == 5
+    own.generation_config.eos_token_id = None  # and may differ again
+    assert own.generate(ONE).shape[1] == 9
+    own.config = dataclasses.replace(own.config, eos_token_id=[second])
+    assert own.generation_config.eos_token_id == [second]
 
 
 def test_every_setting_has_a_rule_that_its_default_passes():
