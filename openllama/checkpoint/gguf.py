@@ -333,6 +333,8 @@ class _File:
         old, new = self.fields[key].encode(), text.encode()
         with self.path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as content:
             at = content.find(old)
+            if at < 0:
+                raise CorruptCheckpointError(self._differs(key))
             content[at : at + len(old)] = new
             content.flush()
         self.fields[key] = text
