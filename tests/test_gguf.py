@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import openllama
 from openllama import OpenLlamaForCausalLM, OpenLlamaForSequenceClassification
 from openllama.checkpoint import convert, pieces
 from openllama.checkpoint import gguf as written
@@ -88,6 +91,13 @@ def test_the_tokenizer_and_the_shape(tmp_path: Path) -> None:
     assert "user:" in fields["tokenizer.chat_template"]
 
 
+def test_a_file_says_what_it_was_made_from(tmp_path: Path) -> None:
+    fields = export(tmp_path / "model.gguf").fields
+    sums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in TINY_CHECKPOINT.glob("*.bin")}
+    assert json.loads(fields["openllama.source"].contents()) == sums
+    assert fields["openllama.version"].contents() == openllama.__version__
+
+
 # ---- refusals
 
 
@@ -159,9 +169,9 @@ def test_the_extra_is_named_where_the_package_is_absent(tmp_path: Path, monkeypa
         export(tmp_path / "model.gguf")
 
 
-@pytest.mark.parametrize("place", [-40, 5000])
+@pytest.mark.parametrize("place", [-40, 4000, 4001, 4002, 4003, 5000, 5001])
 def test_a_disk_that_loses_bits_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int) -> None:
-    """One bit of the last weight, or of the tokenizer's names."""
+    """One bit of the last weight, or of the tokenizer's names and their lengths."""
     source = source_of(tmp_path / "source")
     write = written._File.write
 
@@ -173,6 +183,6 @@ def test_a_disk_that_loses_bits_is_noticed(tmp_path: Path, monkeypatch: pytest.M
         return sums
 
     monkeypatch.setattr(written._File, "write", faulty)
-    with pytest.raises(CorruptCheckpointError, match="differs when read again"):
+    with pytest.raises(CorruptCheckpointError, match=r"differs when read again|is truncated or damaged"):
         export(tmp_path / "model.gguf", source)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -163,6 +163,14 @@ def test_absent_shard(tmp_path: Path, form: str) -> None:
         open_checkpoint(tmp_path)
 
 
+def test_a_shard_alone_is_no_checkpoint(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, hf_weights(CONFIG), CONFIG, "safetensors shards")
+    with pytest.raises(CheckpointNotFoundError, match="is one of 3 files of a checkpoint; pass their folder"):
+        open_checkpoint(tmp_path / "model-00002-of-00003.safetensors")
+    write_file(tmp_path / "model-00001-of-00001.safetensors", native_weights(CONFIG))
+    assert_same_tensors(open_checkpoint(tmp_path / "model-00001-of-00001.safetensors").tensors, native_weights(CONFIG))
+
+
 @pytest.mark.parametrize("name", ["../x.bin", "/etc/passwd", "a/b.bin", "a\\b.bin", "..", "", 3, None])
 def test_index_that_points_elsewhere(tmp_path: Path, name: Any) -> None:
     write_checkpoint(tmp_path, hf_weights(CONFIG), CONFIG, "pickle shards")

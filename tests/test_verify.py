@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from openllama import OpenLlamaForCausalLM, OpenLlamaForSequenceClassification, OpenLlamaModel
+from openllama import OpenLlamaConfig, OpenLlamaForCausalLM, OpenLlamaForSequenceClassification, OpenLlamaModel
 from openllama.checkpoint import convert, diff, verify
 from openllama.checkpoint.record import RECORD_FILE
-from openllama.errors import CheckpointError
+from openllama.errors import CheckpointError, CorruptCheckpointError
 from tests.checkpoints import native_weights, tiny_config, write_checkpoint
 from tests.test_export import FLAGS
 from tests.tiny import tiny_model
 
 CONFIG = tiny_config()
+verify_module = importlib.import_module("openllama.checkpoint.verify")
 
 
 @pytest.mark.parametrize(("field", "value"), [
@@ -77,3 +79,22 @@ def test_a_table_that_was_folded_otherwise_is_found(tmp_path: Path) -> None:
         save_file(changed, tmp_path / "llama" / "model.safetensors", {"format": "pt"})
         with pytest.raises(CheckpointError, match="which is computed" if "embed" in name else r"differ in lm_head"):
             verify(tmp_path / "llama", tmp_path / "native")
+
+
+@pytest.mark.parametrize("replaced", ["a", "b"])
+@pytest.mark.parametrize("name", ["config.json", "pytorch_model.bin"])
+def test_what_is_replaced_while_it_is_verified_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: str, name: str
+) -> None:
+    """The weights that were opened are no longer those of the folder."""
+    for folder in ("a", "b"):
+        write_checkpoint(tmp_path / folder, native_weights(CONFIG), CONFIG)
+
+    def replacing(*configs: OpenLlamaConfig) -> list[str]:
+        (tmp_path / "copy").write_bytes((tmp_path / replaced / name).read_bytes())
+        (tmp_path / "copy").replace(tmp_path / replaced / name)
+        return []
+
+    monkeypatch.setattr(verify_module, "differing_settings", replacing)
+    with pytest.raises(CorruptCheckpointError, match=f"{replaced} was changed while it was read"):
+        verify(tmp_path / "a", tmp_path / "b")

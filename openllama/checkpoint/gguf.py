@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
+import mmap
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -24,7 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openllama.checkpoint.archives import check_sums, is_archive
+import openllama
+from openllama.checkpoint.archives import translated_errors
 from openllama.checkpoint.export import check_llama, llama_tensors
 from openllama.checkpoint.folders import check_space, finished_file
 from openllama.checkpoint.meta import Assembled
@@ -55,6 +58,7 @@ from openllama.tokenizer.modelfile import CONTROL, UNUSED, USER_DEFINED, ModelFi
 Q8_0 = "q8_0"  # blocks of 32 numbers: a float16 scale, and an integer from -127 to 127 for each
 BLOCK = 32
 MAGIC = b"GGUF"
+VERSION, SOURCE = "openllama.version", "openllama.source"  # fields of ours, which other programs pass over
 NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.layers.N.input_layernorm.weight": "blk.N.attn_norm.weight",
@@ -110,13 +114,18 @@ def write_gguf(
         raise CheckpointNotFoundError(f"{source.folder} has no {MODEL_FILE}; a GGUF file holds the tokenizer, too")
     tokenizer = OpenLlamaTokenizer.from_pretrained(source.folder)
     kind = "Q8_0" if quantised else TYPES[cast_to or weights.dtype]
-    fields = {**_architecture(gguf, source.config, kind, dst.stem), **_vocabulary(gguf, tokenizer, source.config)}
+    fields = {
+        **_architecture(gguf, source.config, kind, dst.stem),
+        VERSION: openllama.__version__,
+        SOURCE: _source_text({file.name: "0" * 64 for file in source.files}),
+        **_vocabulary(gguf, tokenizer, source.config),
+    }
     entries = _entries(weights, source.config, kind)
     total = sum(entry.nbytes for entry in entries.values())
     shown = ShownProgress(total) if progress else Progress()
     with (
         SourceFiles(source.files) as files,
-        SourceSums(filter(is_archive, source.files), check_sums) as sums,
+        SourceSums(source.files) as sums,
         finished_file(dst) as path,
         closing(shown),
     ):
@@ -126,10 +135,15 @@ def write_gguf(
         file = _File(gguf, path, fields, entries, files, shown)
         shown.begin("write", dst.name, total)
         written = file.write()
+        file.replace_text(SOURCE, _source_text({name: of["sha256"] for name, of in sums.results().items()}))
         shown.begin("compare", dst.name, total)
         file.compare(written)
-        sums.results()
         files.check_unchanged()
+
+
+def _source_text(sums: Mapping[str, object]) -> str:
+    """The field that says what the file was made from: SHA-256 by the names of the files."""
+    return json.dumps(sums)
 
 
 # ---- what cannot be exact is refused
@@ -282,7 +296,7 @@ class _File:
 
     gguf: ModuleType
     path: Path
-    fields: Mapping[str, Any]
+    fields: dict[str, Any]
     entries: Mapping[str, _Entry]
     source: SourceFiles
     progress: Progress
@@ -314,11 +328,23 @@ class _File:
         writer.close()
         return sums
 
+    def replace_text(self, key: str, text: str) -> None:
+        """Write ``text`` in place of one of the same length, of a field near the start of the file."""
+        old, new = self.fields[key].encode(), text.encode()
+        with self.path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as content:
+            at = content.find(old)
+            if at < 0:
+                raise CorruptCheckpointError(self._differs(key))
+            content[at : at + len(old)] = new
+            content.flush()
+        self.fields[key] = text
+
     def compare(self, sums: Mapping[str, str]) -> None:
         """Read it from the disk; raise ``CorruptCheckpointError`` unless it has the fields and the SHA-256 sums."""
         with self.path.open("rb") as file:
             forget(file.fileno())
-        reader = self.gguf.GGUFReader(self.path)
+        with translated_errors(self.path):
+            reader = self.gguf.GGUFReader(self.path)
         for key, value in self.fields.items():
             read = reader.fields[key].contents() if key in reader.fields else None
             if read != (np.asarray(value, np.float32).tolist() if key.endswith(FLOATS) else value):

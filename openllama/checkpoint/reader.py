@@ -106,6 +106,8 @@ def _open(
             f"{path}: no such file or folder; this reads local disk only, `openllama convert ORG/NAME DST` downloads"
         )
     _refuse_ggml(path)
+    if path.is_file() and (shard := SHARD.fullmatch(path.name)) and int(shard[3]) > 1:
+        raise CheckpointNotFoundError(f"{path} is one of {int(shard[3])} files of a checkpoint; pass their folder")
     check_whole(folder)
     if config is None and is_adapter(folder):
         raise CheckpointNotFoundError(

@@ -79,6 +79,8 @@ def verify(
                 f"{listed(settings)}; one of their {CONFIG_FILE} is wrong"
             )
         rounding = compare(theirs, tensors, str(against), str(path)) if rounded_to else None
+        other.check_unchanged()
+    checkpoint.check_unchanged()
     return Verification(
         path=Path(path),
         tensors=len(tensors),
