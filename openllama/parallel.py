@@ -29,11 +29,9 @@ from openllama.config import OpenLlamaConfig
 from openllama.errors import InputError, KeyMismatchError
 from openllama.generation.config import GENERATION_CONFIG_FILE, GenerationConfig
 from openllama.interface import OpenLlamaForCausalLM
-from openllama.pretrained import PretrainedModel, register_with_fsdp
+from openllama.pretrained import PretrainedModel
 
 Model = TypeVar("Model", bound=PretrainedModel)
-
-COMPUTING = ("loss", "generate")  # methods beside ``forward`` that need the weights of the root
 
 
 def shard(model: Model, *, reshard_after_forward: bool | int | None = None, **options: Any) -> Model:
@@ -41,17 +39,14 @@ def shard(model: Model, *, reshard_after_forward: bool | int | None = None, **op
 
     Each process computes with its own rows of a batch, and gradients are averaged. Arguments are those of
     ``torch.distributed.fsdp.fully_shard``: ``mesh``, ``mp_policy``, ``offload_policy``; ``reshard_after_forward`` is
-    of the layers. ``model.loss`` and ``model.generate`` work as ``forward`` does. Processes communicate in every
-    forward pass, so all of them must make the same number of them, in ``generate`` too.
+    of the layers. ``model.loss`` and ``model.generate`` work as they do in one process. Processes communicate in
+    every forward pass, so that all must make the same number of them, in ``generate``, too.
     """
     # Keys and values are views, and nothing changes them in place, which is what torch warns of.
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDP(DecoderLayer|OpenLlama\w+)\) returned a view")
     for layer in model.base_model.get_submodule("layers").children():
         fully_shard(layer, reshard_after_forward=reshard_after_forward, **options)
     fully_shard(model, **options)
-    for method in COMPUTING:
-        if hasattr(model, method):
-            register_with_fsdp(model, method)
     return model
 
 

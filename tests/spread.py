@@ -24,8 +24,8 @@ from torch import distributed as dist
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Replicate
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -34,6 +34,7 @@ from openllama import OpenLlamaForCausalLM, OpenLlamaForSequenceClassification, 
 from openllama.cache import PreallocatedCache
 from openllama.checkpoint import writer
 from openllama.errors import CheckpointError, DestinationExistsError, InputError, KeyMismatchError
+from openllama.generation import score
 from openllama.parallel import load, shard, tensor_parallel
 from tests.tiny import tiny_config, tiny_ids, tiny_model
 
@@ -199,6 +200,31 @@ def training_with_tensor_parallelism_gives_the_loss_and_gradients_of_one_process
             loss.backward()
             torch.testing.assert_close(loss, wanted, rtol=0, atol=1e-6)
             assert_same_gradients(model, expected, atol=2e-6)
+
+
+@check
+def heads_that_processes_cannot_share_are_refused_before_anything_is_split(folder: Path) -> None:
+    model = tiny_model(hidden_size=24, num_attention_heads=3)
+    with pytest.raises(InputError, match="num_attention_heads 3 is not divisible by the 2 processes"):
+        tensor_parallel(model, mesh())
+    assert not any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+@check
+def a_function_that_calls_parts_of_a_sharded_model_works_as_a_registered_method(folder: Path) -> None:
+    class Scorer(OpenLlamaForCausalLM):
+        scored = score
+
+    expected = score(tiny_model(), PROMPT)
+    model = shard(tiny_model(Scorer))
+    with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):
+        model.scored(PROMPT)
+    model = shard(tiny_model(Scorer))
+    register_fsdp_forward_method(model, "scored")
+    split = tensor_parallel(tiny_model(), mesh())
+    for found, atol in ((model.scored(PROMPT), 0.0), (score(split, PROMPT), 1e-5)):
+        for one, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(one.log_probs, wanted.log_probs, rtol=0, atol=atol)
 
 
 @check
