@@ -14,7 +14,6 @@ and continues from there.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,28 +25,9 @@ from openllama.generation import GenerationConfig
 from openllama.generation.text import decoded, until
 from openllama.interface import OpenLlamaForCausalLM
 from openllama.tokenizer import OpenLlamaTokenizer
+from openllama.tokenizer.template import ChatTemplate
 
-DEFAULT_TEMPLATE = "user:{prompt}\nsystem:{answer}</s>"
-
-
-class ChatTemplate:
-    """The format of a turn: a string that contains ``{prompt}`` and then ``{answer}``, each once."""
-
-    def __init__(self, text: str = DEFAULT_TEMPLATE) -> None:
-        before, found_prompt, rest = text.partition("{prompt}")
-        between, found_answer, self.end = rest.partition("{answer}")
-        if not (found_prompt and found_answer) or "{answer}" in before or "{" in between + self.end:
-            raise InputError(f"a chat template must contain {{prompt}} and then {{answer}}, each once; got {text!r}")
-        self._around_prompt = before, between
-
-    @classmethod
-    def from_file(cls, path: Path) -> ChatTemplate:
-        """Read the template from a text file, without the newline at its end."""
-        return cls(path.read_text(encoding="utf-8", errors="surrogateescape").removesuffix("\n"))
-
-    def question(self, prompt: str) -> str:
-        """The turn up to the start of its answer."""
-        return prompt.join(self._around_prompt)
+__all__ = ["ChatSession", "ChatTemplate"]
 
 
 class ChatSession:

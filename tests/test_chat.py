@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from openllama import OpenLlamaForCausalLM
-from openllama.chat import DEFAULT_TEMPLATE, ChatSession, ChatTemplate
+from openllama.chat import ChatSession, ChatTemplate
 from openllama.errors import InputError
 from openllama.tokenizer import OpenLlamaTokenizer
+from openllama.tokenizer.template import DEFAULT_TEMPLATE
 from tests.checkpoints import tiny_config
 from tests.generating import count_forwards
 from tests.sentencepieces import trained

@@ -53,6 +53,7 @@ CONTENTS = {
     "special_tokens_map.json": '{"eos_token": "</s>"}',
     "added_tokens.json": '{"<|user|>": 12}',
     "generation_config.json": '{"max_length": 7}',
+    "chat_template.jinja": "{{ messages[0].content }}",
 }
 
 

@@ -115,11 +115,14 @@ def test_files_of_llama_cpp(tmp_path: Path, name: str, content: bytes) -> None:
     (["tf_model.h5", "onnx/model.safetensors", "onnx/config.json", "training_args.bin", "modeling.py"], []),
 ])  # fmt: skip
 def test_what_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: Any, wanted: Any) -> None:
-    hub = use(monkeypatch, Hub(["config.json", "tokenizer.model", "README.md", "run.py", *weights], tmp_path))
+    hub = use(
+        monkeypatch,
+        Hub(["config.json", "tokenizer.model", "chat_template.jinja", "README.md", "run.py", *weights], tmp_path),
+    )
     assert fetch(NAME, "v1") == tmp_path
     (call,) = hub.calls
     assert (call["name"], call["revision"]) == (NAME, "v1")
-    assert sorted(call["allow_patterns"]) == sorted(["config.json", "tokenizer.model", *wanted])
+    assert sorted(call["allow_patterns"]) == sorted(["config.json", "tokenizer.model", "chat_template.jinja", *wanted])
 
 
 def test_the_command_downloads_and_converts(

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from openllama.errors import TokenizerError
 from openllama.tokenizer import AddedToken, Encoding, OpenLlamaTokenizer, StreamDecoder
+from openllama.tokenizer.template import DEFAULT_TEMPLATE, ChatTemplate
 from tests.sentencepieces import REAL, TINY_CHECKPOINT, TRAINED, model_bytes, texts, trained, write_folder
 
 V1_FILES: dict[str, Any] = {
@@ -135,10 +136,127 @@ def test_pad_takes_a_list_of_encodings_or_one_batch(tokenizer: OpenLlamaTokenize
     rows = [torch.tensor(tokenizer.encode(text)) for text in texts]
     padded = tokenizer.pad([{"input_ids": row, "label": i} for i, row in enumerate(rows)])
     assert padded == {**expected, "label": [0, 1]}
-    with pytest.raises(TokenizerError, match="list of lists"):
-        tokenizer.pad({"input_ids": [1, 2, 3]})
+    single = tokenizer.pad({"input_ids": [1, 2, 3]}, "max_length", 5)
+    assert single == {"input_ids": [1, 2, 3, 3, 3], "attention_mask": [1, 1, 1, 0, 0]}
     with pytest.raises(TokenizerError, match="list of lists"):
         tokenizer.pad([])
+    with pytest.raises(TokenizerError, match=r"example 1 has input_ids, example 0 input_ids, label; .* the same keys"):
+        tokenizer.pad([{"input_ids": [1], "label": 0}, {"input_ids": [1]}])
+    with pytest.raises(TokenizerError, match=r"labels of lengths 1 to 2 .* the tokenizer does not pad them"):
+        tokenizer.pad({"input_ids": [[1], [2, 3]], "labels": [[1], [2, 3]]}, return_tensors="pt")
+    for kind in ("pt", "np"):
+        with pytest.raises(TokenizerError, match=r"name holds what no tensor can.*leave that column out"):
+            tokenizer.pad({"input_ids": [[1]], "name": ["Romeo"]}, return_tensors=kind)
+
+
+def test_rows_are_padded_to_a_multiple(tokenizer: OpenLlamaTokenizer) -> None:
+    batch = tokenizer(["to be or not", "to"], padding=True, pad_to_multiple_of=8, return_tensors="np")
+    assert batch.input_ids.shape == batch.attention_mask.shape == (2, 8)
+    assert isinstance(batch.input_ids, np.ndarray)
+    assert batch.input_ids.dtype == np.int64
+    short = {"padding": True, "truncation": True, "max_length": 12}
+    with pytest.raises(TokenizerError, match=r"max_length 12 is not a multiple of pad_to_multiple_of 8.*use 8"):
+        tokenizer("to be", **short, pad_to_multiple_of=8)
+    with pytest.raises(TokenizerError, match="pad_to_multiple_of must be a positive integer, got 0"):
+        tokenizer("to be", padding=True, pad_to_multiple_of=0)
+
+
+def test_a_pair_is_cut_where_it_is_told(tokenizer: OpenLlamaTokenizer) -> None:
+    first, second = (tokenizer(text)["input_ids"] for text in ("to be or not", "明月光"))
+    pair = tokenizer("to be or not", "明月光", return_token_type_ids=True)
+    assert pair["input_ids"] == first + second == tokenizer.encode("to be or not", "明月光")
+    assert pair["token_type_ids"] == [0] * len(first) + [1] * len(second)
+    room = len(first) + len(second) - 2
+    only = {name: tokenizer("to be or not", "明月光", truncation=name, max_length=room)["input_ids"]
+            for name in ("only_first", "only_second")}  # fmt: skip
+    assert only["only_first"] == [*first[:-3], 2, *second]
+    assert only["only_second"] == [*first, *second[:-3], 2]
+    with pytest.raises(TokenizerError, match=r"'only_first': the second text alone has . tokens, with room for 1"):
+        tokenizer("to be or not", "明月光", truncation="only_first", max_length=3)
+    with pytest.raises(TokenizerError, match="needs a pair of texts"):
+        tokenizer("to be or not", truncation="only_second", max_length=3)
+    with pytest.raises(TokenizerError, match="2 texts and 1 text_pair; give one for each"):
+        tokenizer(["a", "b"], ["c"])
+    with pytest.raises(TokenizerError, match="two strings or two lists, got list, str"):
+        tokenizer(["a", "b"], "c")
+    with pytest.raises(TokenizerError, match=r"got tuple; pairs go in as two lists"):
+        tokenizer([("a", "b")])
+
+
+def test_arguments_that_are_not_taken_are_named(tokenizer: OpenLlamaTokenizer) -> None:
+    off = {"stride": 0, "is_split_into_words": False, "return_overflowing_tokens": False, "return_length": None}
+    assert tokenizer("to be", **off, verbose=False) == tokenizer("to be")
+    for name in off:
+        with pytest.raises(TokenizerError, match=f"{name} is not an argument of this call: .*; got True"):
+            tokenizer("to be", **{name: True})
+    with pytest.raises(TokenizerError, match="max_lenght is not an argument of this call; got 5"):
+        tokenizer("to be", max_lenght=5)
+    with pytest.raises(TokenizerError, match="paddding is not an argument"):
+        tokenizer.pad({"input_ids": [[1]]}, paddding=True)
+
+
+def test_it_shows_itself_in_one_line(tokenizer: OpenLlamaTokenizer) -> None:
+    shown = repr(tokenizer)
+    assert shown.startswith("OpenLlamaTokenizer(420 tokens, bos='<s>', eos='</s>', unk='<unk>', pad='<pad>', add_bos")
+    assert "model_max_length=2048" in shown
+    assert "\n" not in shown
+    assert tokenizer.is_fast is False
+
+
+# ---------------------------------------------------------------------- conversations
+
+CHAT = [
+    {"role": "user", "content": "Who is there?"},
+    {"role": "assistant", "content": "The king."},
+    {"role": "user", "content": "Play"},
+]
+
+
+def test_a_conversation_is_written_as_the_model_was_trained(tokenizer: OpenLlamaTokenizer) -> None:
+    text = "user:Who is there?\nsystem:The king.</s>user:Play\nsystem:"
+    assert tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True) == text
+    assert text == DEFAULT_TEMPLATE.format(prompt="Who is there?", answer="The king.") + ChatTemplate().question("Play")
+    ids = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True)
+    assert ids == tokenizer.encode(text, add_special_tokens=False)
+    tensors = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    assert tensors.input_ids.tolist() == [ids]
+    batch = tokenizer.apply_chat_template([CHAT, CHAT[:1]], padding=True, return_tensors="pt")
+    assert batch.shape == (2, len(tokenizer.apply_chat_template(CHAT)))
+    begun = tokenizer.apply_chat_template(CHAT[:2], tokenize=False, continue_final_message=True)
+    assert begun == "user:Who is there?\nsystem:The king."
+
+
+def test_a_folders_own_template_is_used(tokenizer: OpenLlamaTokenizer, tmp_path: Path) -> None:
+    tokenizer.chat_template = "{% for m in messages %}{{ bos_token }}[{{ m.role }}] {{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "own")
+    again = OpenLlamaTokenizer.from_pretrained(tmp_path / "own")
+    assert again.apply_chat_template(CHAT[:2], tokenize=False) == "<s>[user] Who is there?<s>[assistant] The king."
+    (tmp_path / "own" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    again = OpenLlamaTokenizer.from_pretrained(tmp_path / "own")
+    assert again.apply_chat_template(CHAT, tokenize=False) == "Who is there?"
+    again.save_pretrained(tmp_path / "own")
+    assert OpenLlamaTokenizer.from_pretrained(tmp_path / "own").chat_template == "{{ messages[0].content }}"
+    assert "user:Play" in again.apply_chat_template(CHAT, ChatTemplate().jinja(), tokenize=False)
+
+
+@pytest.mark.parametrize(
+    ("chat", "options", "message"),
+    [
+        ([{"role": "system", "content": "Be kind."}], {}, "the roles of this format are user and assistant"),
+        ([{"role": "user"}], {}, "message 0 must be a dict with role and content"),
+        ([{"role": "user", "content": [{"type": "image"}]}], {}, "message 0: content must be a str, got list"),
+        (CHAT, {"chat_template": "{{ 1 +"}, "the chat template: "),
+        (CHAT, {"chat_template": "{{ messages.__class__.__mro__ }}"}, "the chat template: .*unsafe"),
+        (CHAT, {"tokenize": False, "return_tensors": "pt"}, "return_tensors shapes ids"),
+        (CHAT, {"tools": [print]}, "tools is not an argument of this call: write them into a message"),
+        (CHAT, {"chat_template": "x", "continue_final_message": True}, "does not show the last message"),
+    ],
+)
+def test_conversations_that_cannot_be_written_are_refused(
+    tokenizer: OpenLlamaTokenizer, chat: Any, options: Any, message: str
+) -> None:
+    with pytest.raises(TokenizerError, match=message):
+        tokenizer.apply_chat_template(chat, **options)
 
 
 def test_an_encoding_unpacks_reads_as_attributes_and_moves(tokenizer: OpenLlamaTokenizer) -> None:
@@ -339,8 +457,8 @@ def test_an_added_token_that_the_model_file_has_under_the_same_id_is_accepted(fo
         (b"bytes", {}, "text 0: text must be a str, got int"),
         (["a", 3], {}, "text 1: text must be a str, got int"),
         ("a", {"padding": "most"}, "padding must be one of"),
-        ("a", {"truncation": "only_second"}, "truncation must be one of"),
-        ("a", {"return_tensors": "tf"}, "return_tensors must be one of None, 'pt', got 'tf'"),
+        ("a", {"truncation": "only_third"}, "truncation must be one of"),
+        ("a", {"return_tensors": "tf"}, "return_tensors must be one of None, 'pt', 'np', got 'tf'"),
         ("a", {"max_length": 0}, "max_length must be a positive integer, got 0"),
         (["a", "a b c"], {"return_tensors": "pt"}, "input_ids of lengths . to . cannot be stacked; pass padding=True"),
     ],

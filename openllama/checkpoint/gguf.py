@@ -51,7 +51,7 @@ from openllama.errors import (
 )
 from openllama.rope import BASE
 from openllama.tokenizer import OpenLlamaTokenizer
-from openllama.tokenizer.export import chat_template, model_file, no_split_tokens
+from openllama.tokenizer.export import model_file, no_split_tokens
 from openllama.tokenizer.files import MODEL_FILE
 from openllama.tokenizer.modelfile import CONTROL, UNUSED, USER_DEFINED, ModelFile
 
@@ -246,7 +246,7 @@ def _vocabulary(gguf: ModuleType, tokenizer: OpenLlamaTokenizer, config: OpenLla
         "tokenizer.ggml.add_bos_token": tokenizer.add_bos_token,
         "tokenizer.ggml.add_eos_token": tokenizer.add_eos_token,
         "tokenizer.ggml.add_space_prefix": model.adds_space,
-        "tokenizer.chat_template": chat_template(tokenizer),
+        "tokenizer.chat_template": tokenizer.chat_template,
     }
 
 

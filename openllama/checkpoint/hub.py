@@ -11,7 +11,7 @@ from pathlib import Path
 from openllama.errors import BackendError, CheckpointNotFoundError, warn
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-SMALL_FILES = ("*.json", "tokenizer.model")
+SMALL_FILES = ("*.json", "tokenizer.model", "chat_template.jinja")
 WEIGHTS = (  # the first of these formats that a repository has is downloaded, and no other
     ("model.safetensors", "model-*.safetensors"),
     ("pytorch_model.bin", "pytorch_model-*.bin"),

@@ -9,9 +9,12 @@ In a piece, "▁" is a space. Characters without a piece become byte tokens. Ids
 (slow) ``LlamaTokenizer.from_pretrained`` of transformers 4.31.0 on the same folder. A wrong argument or a
 broken file raises ``TokenizerError``. Reading order:
 
-tokenizer   tokenize, encode, decode, and the other public calls
+tokenizer   encode, decode, and the other public calls
 vocabulary  which token has which id, and which tokens are special
+tokens      text to tokens
+offsets     where in a text its tokens lie
 batches     truncation, padding, masks and tensors
+template    the format of conversations
 files       tokenizer.model and the JSON files of its folder
 stream      decoding ids that arrive one at a time
 checks      checks of arguments

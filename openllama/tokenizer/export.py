@@ -13,18 +13,9 @@ from typing import Any
 from openllama.errors import TokenizerError
 from openllama.tokenizer.files import SETTINGS
 from openllama.tokenizer.modelfile import BPE, NORMAL, UNKNOWN, USER_DEFINED, ModelFile, parse_model_file
-from openllama.tokenizer.tokenizer import SPACE, OpenLlamaTokenizer
+from openllama.tokenizer.tokenizer import OpenLlamaTokenizer
+from openllama.tokenizer.tokens import SPACE
 from openllama.tokenizer.vocabulary import AddedToken
-
-#: ``chat.DEFAULT_TEMPLATE`` in the language of chat templates: a conversation of users' and assistants' messages
-JINJA_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ 'user:' + message['content'] + '\\n' }}"
-    "{% elif message['role'] == 'assistant' %}{{ 'system:' + message['content'] + '</s>' }}"
-    "{% else %}{{ raise_exception('the roles of this format are user and assistant') }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'system:' }}{% endif %}"
-)
 
 
 def model_file(tokenizer: OpenLlamaTokenizer) -> ModelFile:
@@ -52,14 +43,9 @@ def tokenizer_files(tokenizer: OpenLlamaTokenizer) -> dict[str, dict[str, Any]]:
         **{name: getattr(tokenizer, name) for name in SETTINGS if name not in ("legacy", "sp_model_kwargs")},
         **{role: _plain(token) for role, token in tokenizer._special.items() if token},
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "chat_template": chat_template(tokenizer),
+        "chat_template": tokenizer.chat_template,
     }
     return {"tokenizer.json": _tokenizer_json(tokenizer, model_file(tokenizer)), "tokenizer_config.json": config}
-
-
-def chat_template(tokenizer: OpenLlamaTokenizer) -> str:
-    """The tokenizer's own chat template, or the one of V1 and V2."""
-    return tokenizer.extra.get("chat_template") or JINJA_TEMPLATE
 
 
 def no_split_tokens(tokenizer: OpenLlamaTokenizer) -> dict[int, AddedToken]:

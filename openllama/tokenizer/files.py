@@ -1,9 +1,10 @@
-"""The folder of a tokenizer: the sentencepiece model and, optionally, HF's three JSON files.
+"""The folder of a tokenizer: the sentencepiece model and, optionally, HF's three JSON files and its chat template.
 
     tokenizer.model          the pieces
     tokenizer_config.json    {"add_bos_token": false, "model_max_length": 2048, "eos_token": "</s>", ...}
     special_tokens_map.json  {"eos_token": "</s>", "pad_token": {"content": "<pad>", "lstrip": false, ...}}
     added_tokens.json        {"<|user|>": 4600}
+    chat_template.jinja      the format of conversations; here it is written into the second file
 
 The second file holds settings, the fourth new tokens. For special tokens the third file overrides the second.
 """
@@ -26,9 +27,11 @@ MODEL_FILE = "tokenizer.model"
 CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
-ALL_FILES = (MODEL_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE)
+TEMPLATE_FILE = "chat_template.jinja"
+ALL_FILES = (MODEL_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE, TEMPLATE_FILE)
 MODEL_OPTIONS = ("enable_sampling", "nbest_size", "alpha")
 MAX_MODEL = 2**26  # bytes; the largest tokenizers in use have 5 MB
+MAX_TEMPLATE = 2**20
 
 #: arguments and attributes of the tokenizer that tokenizer_config.json stores, besides the roles
 SETTINGS = ("add_bos_token", "add_eos_token", "clean_up_tokenization_spaces", "legacy", "model_max_length",
@@ -67,6 +70,9 @@ def read_folder(folder: Path) -> dict[str, Any]:
         raise TokenizerError(f"{folder / MODEL_FILE}: no such file; a tokenizer folder needs a sentencepiece model")
     config = _read_json(folder / CONFIG_FILE)
     arguments = {key: config.pop(key) for key in (*SETTINGS, *ROLES) if key in config}
+    if (folder / TEMPLATE_FILE).exists():
+        content = read_limited(folder / TEMPLATE_FILE, MAX_TEMPLATE, TokenizerError)
+        config["chat_template"] = content.decode(errors="replace")
     return {
         **arguments,
         "special_tokens_map": _read_json(folder / SPECIAL_TOKENS_FILE),
@@ -78,6 +84,7 @@ def read_folder(folder: Path) -> dict[str, Any]:
 def write_folder(folder: Path, model: bytes, config: Any, special_tokens_map: Any, added_tokens: Any) -> None:
     """Write the model and the JSON files; a file without content is not written."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / TEMPLATE_FILE).unlink(missing_ok=True)
     (folder / MODEL_FILE).write_bytes(model)
     contents = {CONFIG_FILE: config, SPECIAL_TOKENS_FILE: special_tokens_map, ADDED_TOKENS_FILE: added_tokens}
     for name, content in contents.items():

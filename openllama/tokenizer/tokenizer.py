@@ -1,4 +1,4 @@
-"""The tokenizer: text to tokens, tokens to ids, ids to text. Argument names are HF's."""
+"""The tokenizer: text to ids, batches, conversations, ids to text. Argument names are HF's."""
 
 from __future__ import annotations
 
@@ -11,21 +11,28 @@ from typing import Any
 from openllama.errors import TokenizerError
 from openllama.tokenizer import files
 from openllama.tokenizer.batches import (
+    HIGHEST_LENGTH,
     NO_MAX_LENGTH,
+    NOT_PADDED,
     Encoding,
-    cut,
+    as_batch,
+    joined,
+    kept,
     padded,
     room_for_text,
+    special_mask,
     to_tensors,
+    token_types,
 )
-from openllama.tokenizer.checks import checked_text, one_of, to_list
-from openllama.tokenizer.vocabulary import AddedToken, Token, Vocabulary, token_of_model
+from openllama.tokenizer.checks import checked_ids, checked_text, checked_texts, one_of, refuse
+from openllama.tokenizer.template import ChatTemplate, render, up_to
+from openllama.tokenizer.tokens import Splitter
+from openllama.tokenizer.vocabulary import LIST_ROLE, AddedToken, Token, token_of_model
 
-SPACE = "▁"  # how sentencepiece writes a space inside a piece
 CLEANED_UP = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")  # stripped, in this order
 
 
-class OpenLlamaTokenizer(Vocabulary):
+class OpenLlamaTokenizer(Splitter):
     """Tokenizer over the sentencepiece model ``vocab_file``.
 
     If ``unk_token``, ``bos_token`` or ``eos_token`` is "", it is taken from the model file. With ``legacy``
@@ -34,6 +41,9 @@ class OpenLlamaTokenizer(Vocabulary):
     overrides the arguments. A plain string in it strips the whitespace around that token in the text, like
     every ordinary added token; an ``AddedToken`` (in JSON: an object) follows its flags.
     """
+
+    is_fast = False  # HF's word for tokenizers in Rust; collators and trainers ask
+    model_input_names = ("input_ids", "attention_mask")
 
     def __init__(
         self,
@@ -100,137 +110,210 @@ class OpenLlamaTokenizer(Vocabulary):
         }
         files.write_folder(Path(folder), self._model_bytes, config, special, self._added)
 
-    # ------------------------------------------------------------------ text to tokens
-
-    def tokenize(self, text: str, split_special_tokens: bool = False) -> list[str]:
-        """Tokens of a string. With ``split_special_tokens``, ``</s>`` in it is just four characters."""
-        checked_text(text)
-        if split_special_tokens:
-            return [self._id_to_token(number) for number in self._plain_ids(text)]
-        if not self.legacy:
-            text = SPACE + text.replace(SPACE, " ")  # the mark tells _pieces which part is the first
-        tokens: list[str] = []
-        for part in self._split_at_special(text):
-            tokens += [part] if part in self._no_split else self._pieces(part)
-        return tokens
-
-    def _split_at_special(self, text: str) -> list[str]:
-        """Split at special and added tokens, and strip the whitespace around a token if its flags say so.
-
-        "to be </s> or" -> ["to be ", "</s>", " or"], or ["to be", "</s>", "or"] if ``</s>`` strips both sides.
-        """
-        parts = [part for part in self._no_split_pattern.split(text) if part]
-        flags = {str(token): token for token in self._special_tokens() if isinstance(token, AddedToken)}
-        for i, part in enumerate(parts):  # later iterations see the changes of earlier ones
-            if part in self._no_split:
-                token = flags.get(part, AddedToken(part, lstrip=True, rstrip=True))
-                if token.rstrip and i + 1 < len(parts):
-                    parts[i + 1] = parts[i + 1].lstrip()
-                if token.lstrip and i > 0:
-                    parts[i - 1] = parts[i - 1].rstrip()
-        return parts
-
-    def _pieces(self, part: str) -> list[str]:
-        """Pieces of a part of the text between special tokens.
-
-        With a LLaMA model file sentencepiece adds a space to every string: "or" -> ["▁or"]. With ``legacy``
-        that happens after ``</s>``, too; without it, the "or" of "</s>or" -> ["or"].
-        """
-        if self.legacy:
-            return self.sp.encode(part, out_type=str)
-        if part.startswith(SPACE):  # the mark: this part is the first
-            return self.sp.encode(part[1:], out_type=str)
-        pieces = self.sp.encode(part, out_type=str)
-        if pieces and pieces[0].startswith(SPACE) and not part.startswith(" "):
-            pieces[0] = pieces[0][1:]
-        return [piece for piece in pieces if piece]
-
-    def _plain_ids(self, text: str) -> list[int]:
-        """Ids of a string, without special ids: if sentencepiece finds a special token, byte tokens replace it.
-
-        If the model file itself has a piece "<e>" and "<e>" has a role: "<e>" -> <0x3C> <0x65> <0x3E>.
-        """
-        ids = self.sp.encode(text if self.legacy else text.replace(SPACE, " "), out_type=int)
-        special = set(self.all_special_ids) - {self.sp.unk_id()}
-        plain: list[int] = []
-        for number in ids:
-            if number in special:
-                characters = self.sp.id_to_piece(number).replace(SPACE, " ")
-                plain += [self.sp.piece_to_id(f"<0x{byte:02X}>") for byte in characters.encode()]
-            else:
-                plain.append(number)
-        return plain
+    def __repr__(self) -> str:
+        roles = [f"{role}={getattr(self, f'{role}_token')!r}" for role in ("bos", "eos", "unk", "pad")]
+        names = ("add_bos_token", "add_eos_token", "padding_side", "truncation_side")
+        limit = "none" if self.model_max_length > HIGHEST_LENGTH else self.model_max_length
+        settings = [*(f"{name}={getattr(self, name)!r}" for name in names), f"model_max_length={limit}"]
+        return f"OpenLlamaTokenizer({len(self)} tokens, {', '.join([*roles, *settings])})"
 
     # ------------------------------------------------------------------ text to ids
 
-    def encode(self, text: str, **options: Any) -> Any:
-        """``input_ids`` of one string; options as in ``__call__``."""
-        return self(checked_text(text), **options)["input_ids"]
+    def encode(self, text: str, text_pair: str | None = None, **options: Any) -> Any:
+        """``input_ids`` of one string, or of a pair; options as in ``__call__``."""
+        return self(checked_text(text), text_pair, **options)["input_ids"]
 
     def __call__(
         self,
         text: str | Sequence[str],
+        text_pair: str | Sequence[str] | None = None,
         *,
         add_special_tokens: bool = True,
         padding: bool | str = False,
         truncation: bool | str | None = None,
         max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
         return_tensors: str | None = None,
+        return_token_type_ids: bool | None = None,
+        return_attention_mask: bool | None = None,
+        return_special_tokens_mask: bool = False,
+        return_offsets_mapping: bool = False,
         split_special_tokens: bool = False,
+        **not_taken: Any,
     ) -> Encoding:
         """Encode a string or a list of strings; returns ``input_ids`` and ``attention_mask``.
 
-        padding: True or "longest", "max_length", or False. truncation: True, False, or None, which truncates
-        if ``max_length`` is given without padding. max_length: number of tokens with special tokens;
-        ``model_max_length`` by default. return_tensors: None for lists, "pt" for int64 (B, T), B = 1 for
-        a str. split_special_tokens: for untrusted text; ``</s>`` in it is encoded as ordinary characters.
+        text_pair: a second string for each: bos a eos bos b eos. padding: True or "longest", "max_length", or False.
+        truncation: True or "longest_first", "only_first", "only_second", False, or None, which truncates if
+        ``max_length`` is given without padding. max_length: number of tokens with special tokens; ``model_max_length``
+        by default. pad_to_multiple_of: rounds the padded length up. return_tensors: None for lists, "pt" for int64
+        (B, T), B = 1 for a str, "np" for the same as arrays. split_special_tokens: for untrusted text; ``</s>`` in it
+        is encoded as ordinary characters.
+
+        On demand, ``token_type_ids``: 0 in the first text, 1 in the second; ``special_tokens_mask``: 1 for what is
+        added to the text; ``offset_mapping``: the (start, end) of each token's characters in its text, the whole
+        character for each of its byte tokens, and (0, 0) for what is added:
+
+        >>> tokenizer("To be龘", return_offsets_mapping=True).offset_mapping  # To ▁be <0xE9> <0xBE> <0x98> </s>
+        [(0, 2), (2, 5), (5, 6), (5, 6), (5, 6), (0, 0)]
         """
-        texts = [text] if isinstance(text, str) else text
-        if not isinstance(texts, Sequence) or not texts:
-            raise TokenizerError(f"text must be a str or a non-empty list of str, got {texts!r}")
-        for i, item in enumerate(texts):
-            checked_text(item, "" if isinstance(text, str) else f"text {i}: ")
+        refuse(not_taken)
+        columns = checked_texts(text, text_pair)
         bos, eos = self._bos_and_eos() if add_special_tokens else ([], [])
-        room = room_for_text(truncation, max_length, self.model_max_length, padding, len(bos) + len(eos))
-        rows = []
-        for item in texts:
-            ids = self._plain_ids(item) if split_special_tokens else [*map(self._token_to_id, self.tokenize(item))]
-            rows.append([*bos, *cut(ids, room, self.truncation_side), *eos])
-        if isinstance(text, str) and not rows[0]:
+        limits = (self.model_max_length, padding, pad_to_multiple_of, len(bos + eos) * len(columns))
+        room = room_for_text(truncation, max_length, *limits)
+        if return_offsets_mapping:
+            pairs = [[self._ids_and_spans(one, split_special_tokens) for one in column] for column in columns]
+            ids = [[pair[0] for pair in column] for column in pairs]
+            places = [[pair[1] for pair in column] for column in pairs]
+        else:
+            ids = [[self._ids(one, split_special_tokens) for one in column] for column in columns]
+        counts = [kept([*map(len, row)], room, truncation) for row in zip(*ids, strict=True)]
+        batch = {"input_ids": joined(ids, counts, self.truncation_side, bos, eos)}
+        if return_offsets_mapping:
+            none = [(0, 0)]
+            batch["offset_mapping"] = joined(places, counts, self.truncation_side, none * len(bos), none * len(eos))
+        if return_token_type_ids:
+            batch["token_type_ids"] = [token_types(row, len(bos + eos)) for row in counts]
+        if return_special_tokens_mask:
+            batch["special_tokens_mask"] = [special_mask(row, len(bos), len(eos)) for row in counts]
+        if isinstance(text, str) and not batch["input_ids"][0]:
             padding = False  # HF pads an empty string in a batch, but not alone
-        encoding = self.pad({"input_ids": rows}, padding, max_length, return_tensors)
-        if return_tensors is None and isinstance(text, str):
-            return Encoding({name: values[0] for name, values in encoding.items()})
-        return encoding
+        is_single = isinstance(text, str) and return_tensors is None
+        rest = (padding, max_length, pad_to_multiple_of, return_attention_mask, return_tensors)
+        return self._padded(batch, is_single, *rest)
+
+    encode_plus = batch_encode_plus = __call__  # HF's older names
 
     def _bos_and_eos(self) -> tuple[list[int], list[int]]:
         """Ids that add_special_tokens adds before and after a string; a list is empty if its setting is off."""
         for role, on in {"bos_token": self.add_bos_token, "eos_token": self.add_eos_token}.items():
             if on and self._special[role] is None:
                 raise TokenizerError(f"add_{role} is on, but the tokenizer has no {role}")
-        return [self.bos_token_id] * self.add_bos_token, [self.eos_token_id] * self.add_eos_token
+        return [self.bos_token_id] if self.add_bos_token else [], [self.eos_token_id] if self.add_eos_token else []
+
+    def num_special_tokens_to_add(self, pair: bool = False) -> int:
+        """Number of ids that are added to a string, or to a pair."""
+        return sum(map(len, self._bos_and_eos())) * (2 if pair else 1)
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: Sequence[int], token_ids_1: Sequence[int] | None = None
+    ) -> list[int]:
+        """Ids with bos and eos, as the settings say: bos a eos, of a pair bos a eos bos b eos."""
+        bos, eos = self._bos_and_eos()
+        second = [] if token_ids_1 is None else [*bos, *token_ids_1, *eos]
+        return [*bos, *token_ids_0, *eos, *second]
+
+    def get_special_tokens_mask(
+        self,
+        token_ids_0: Sequence[int],
+        token_ids_1: Sequence[int] | None = None,
+        already_has_special_tokens: bool = False,
+    ) -> list[int]:
+        """1 for each special token: of those that would be added to these ids, or of those that are among them."""
+        if already_has_special_tokens:
+            if token_ids_1 is not None:
+                raise TokenizerError("ids that already have special tokens are one sequence; give no token_ids_1")
+            special = set(self.all_special_ids)
+            return [int(number in special) for number in checked_ids(token_ids_0)]
+        bos, eos = self._bos_and_eos()
+        lengths = [len(token_ids_0), *([] if token_ids_1 is None else [len(token_ids_1)])]
+        return special_mask(lengths, len(bos), len(eos))
 
     def pad(
         self,
-        encoded: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        encoded_inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]],
         padding: bool | str = True,
         max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        return_attention_mask: bool | None = None,
         return_tensors: str | None = None,
+        **not_taken: Any,
     ) -> Encoding:
-        """Pad a batch, or a list of single encodings, to one length; arguments as in ``__call__``.
+        """Pad a batch, a list of single encodings or one of them; arguments as in ``__call__``.
 
-        Keys other than ``input_ids`` and ``attention_mask`` are kept unchanged.
+        Keys that the tokenizer does not make are kept unchanged.
+
+        >>> tokenizer.pad([{"input_ids": [5, 2], "label": 0}, {"input_ids": [5, 6, 2], "label": 1}])
+        {'input_ids': [[5, 2, 3], [5, 6, 2]], 'label': [0, 1], 'attention_mask': [[1, 1, 0], [1, 1, 1]]}
         """
-        one_of("return_tensors", return_tensors, (None, "pt"))
-        if not isinstance(encoded, Mapping):
-            shared = set.intersection(*map(set, encoded)) if encoded else set()
-            encoded = {key: [example[key] for example in encoded] for key in shared}
-        batch = {key: [to_list(row) for row in to_list(value)] for key, value in encoded.items()}
-        if not batch.get("input_ids") or not all(isinstance(row, list) for row in batch["input_ids"]):
-            raise TokenizerError("pad takes a batch: input_ids must be a list of lists of ids and not empty")
+        refuse(not_taken)
+        batch, is_single = as_batch(encoded_inputs)
+        rest = (padding, max_length, pad_to_multiple_of, return_attention_mask, return_tensors)
+        return self._padded(batch, is_single, *rest)
+
+    def _padded(
+        self,
+        batch: dict[str, list[Any]],
+        is_single: bool,
+        padding: bool | str,
+        max_length: int | None,
+        pad_to_multiple_of: int | None,
+        return_attention_mask: bool | None,
+        return_tensors: str | None,
+    ) -> Encoding:
+        one_of("return_tensors", return_tensors, (None, "pt", "np"))
+        if return_attention_mask in (None, True):
+            batch.setdefault("attention_mask", [[1] * len(row) for row in batch["input_ids"]])
+        pad_id = None if padding in NOT_PADDED else self.pad_token_id
         limit = max_length or self.model_max_length
-        filled = padded(batch, padding, limit, self.pad_token_id, self.padding_side)
-        return to_tensors(filled) if return_tensors else filled
+        filled = padded(batch, padding, limit, pad_to_multiple_of, pad_id, self.padding_side)
+        if is_single:
+            filled.update({name: values[0] for name, values in filled.items()})
+        return to_tensors(filled, return_tensors) if return_tensors else filled
+
+    # ------------------------------------------------------------------ conversations
+
+    @property
+    def chat_template(self) -> str:
+        """The format of conversations in Jinja: the folder's own, or that of V1 and V2."""
+        return self.extra.get("chat_template") or ChatTemplate().jinja()
+
+    @chat_template.setter
+    def chat_template(self, template: str | None) -> None:
+        self.extra["chat_template"] = template
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Any],
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        tokenize: bool = True,
+        *,
+        continue_final_message: bool = False,
+        return_dict: bool = False,
+        **options: Any,
+    ) -> Any:
+        """A conversation as the model was trained on it, or a list of them: ids, or a string without ``tokenize``.
+
+        add_generation_prompt: ends with the beginning of an answer. continue_final_message: ends with the text of the
+        last message, without what closes its turn. return_dict: an ``Encoding``. ``options`` are those of
+        ``__call__``, such as ``return_tensors="pt"``. The template writes the special tokens; none are added, and one
+        that is spelt in a message is one.
+
+        >>> chat = [{"role": "user", "content": "Hello"}]
+        >>> tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        'user:Hello\nsystem:'
+        """
+        several = bool(conversation) and not isinstance(conversation[0], Mapping)
+        variables = {role: str(token) for role, token in self._special.items() if token and role != LIST_ROLE}
+        texts = []
+        for messages in conversation if several else [conversation]:
+            text = render(
+                chat_template or self.chat_template,
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                **variables,
+            )
+            if continue_final_message:
+                text = up_to(text, messages[-1]["content"])
+            texts.append(text)
+        if not tokenize:
+            if given := [name for name, value in options.items() if value]:
+                raise TokenizerError(f"{', '.join(given)} shapes ids; leave it out, or tokenize=False")
+            return texts if several else texts[0]
+        encoding = self(texts if several else texts[0], **{"add_special_tokens": False, **options})
+        return encoding if return_dict else encoding["input_ids"]
 
     # ------------------------------------------------------------------ ids to text
 

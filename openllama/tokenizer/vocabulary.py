@@ -106,6 +106,10 @@ class Vocabulary:
     eos_token, eos_token_id = role_properties("eos_token")
     unk_token, unk_token_id = role_properties("unk_token")
     pad_token, pad_token_id = role_properties("pad_token")
+    sep_token, sep_token_id = role_properties("sep_token")
+    cls_token, cls_token_id = role_properties("cls_token")
+    mask_token, mask_token_id = role_properties("mask_token")
+    _pad_token = pad_token  # HF's collators look here whether there is one
 
     def __init__(self, sp: Any, special: Mapping[str, Any], added: Mapping[str, int]) -> None:
         self.sp = sp
@@ -168,6 +172,12 @@ class Vocabulary:
     def all_special_ids(self) -> list[int]:
         """Ids of ``all_special_tokens``; ``skip_special_tokens`` skips them."""
         return [self._token_to_id(token) for token in self.all_special_tokens]
+
+    @property
+    def special_tokens_map(self) -> dict[str, Any]:
+        """Roles with their tokens, e.g. ``{"eos_token": "</s>", "additional_special_tokens": ["<|user|>"]}``."""
+        given = {role: token for role, token in self._special.items() if token}
+        return {role: [*map(str, token)] if role == LIST_ROLE else str(token) for role, token in given.items()}
 
     def _special_tokens(self, roles: Iterable[str] = ROLES) -> list[Token]:
         values = [self._special[role] for role in roles]

@@ -196,6 +196,67 @@ def test_batches_are_padded_and_cut_the_same(
     compared["tokenizer texts"] += len(batch)
 
 
+@pytest.mark.filterwarnings("ignore:`max_length` is ignored")
+@pytest.mark.parametrize("model", ["v1-like", "llama-like"])
+@settings(max_examples=EXAMPLES)
+@given(data=st.data())
+def test_pairs_and_their_masks_are_the_same(
+    tmp_path_factory: pytest.TempPathFactory, model: str, data: st.DataObject
+) -> None:
+    hf, ours = both(variant_folder(tmp_path_factory.mktemp("pairs"), model, "v1 convention"))
+    for name in ("padding_side", "truncation_side"):
+        side = data.draw(st.sampled_from(["left", "right"]), name)
+        setattr(hf, name, side), setattr(ours, name, side)
+    for name in ("add_bos_token", "add_eos_token"):
+        on = data.draw(st.booleans(), name)
+        setattr(hf, name, on), setattr(ours, name, on)
+    flags = ("return_token_type_ids", "return_special_tokens_mask", "return_attention_mask", "add_special_tokens")
+    options = {name: data.draw(st.booleans(), name) for name in flags}
+    assume(options["add_special_tokens"] or not options["return_token_type_ids"])  # which HF refuses
+    truncation = data.draw(st.sampled_from([None, True, False, "only_first", "only_second", "longest_first"]))
+    options |= {
+        "truncation": truncation,
+        "padding": data.draw(st.sampled_from([False, True, "max_length"]), "padding"),
+        "max_length": data.draw(st.sampled_from([None, 4, 8, 12, 16]), "max_length"),
+        "pad_to_multiple_of": data.draw(st.sampled_from([None, 4]), "pad_to_multiple_of"),
+    }
+    columns = [data.draw(st.lists(texts, min_size=2, max_size=2)) for _ in range(data.draw(st.integers(1, 2)))]
+    assume(len(columns) == 2 or truncation != "only_second")  # which HF ignores
+    expected = [dict(hf(*columns, **options)), dict(hf(*(column[0] for column in columns), **options))]
+    cuts = truncation or (truncation is None and options["max_length"] and not options["padding"])
+    room = (options["max_length"] or ours.model_max_length) if cuts else 10**9
+    # where one text alone is too long HF logs an error and does not cut
+    assume(all(len(row) <= room for row in (*expected[0]["input_ids"], expected[1]["input_ids"])))
+    got = [ours(*columns, **options), ours(*(column[0] for column in columns), **options)]
+    assert got == expected
+    compared["tokenizer texts"] += 2
+
+
+@pytest.mark.parametrize("model", ["v1-like", "llama-like"])
+def test_what_is_built_of_ids_is_the_same(tmp_path: Path, model: str) -> None:
+    hf, ours = both(variant_folder(tmp_path, model, "v1 convention"))
+    for add_bos, add_eos in [(False, True), (True, True), (True, False)]:
+        hf.add_bos_token = ours.add_bos_token = add_bos
+        hf.add_eos_token = ours.add_eos_token = add_eos
+        for ids in ([[5, 6, 7]], [[5, 6], [7]], [[], [8]]):
+            assert ours.build_inputs_with_special_tokens(*ids) == hf.build_inputs_with_special_tokens(*ids)
+            assert ours.get_special_tokens_mask(*ids) == hf.get_special_tokens_mask(*ids)
+        for pair in (False, True):
+            assert ours.num_special_tokens_to_add(pair) == hf.num_special_tokens_to_add(pair)
+    marked = {"already_has_special_tokens": True}
+    assert ours.get_special_tokens_mask([1, 5, 2, 0, 3], **marked) == hf.get_special_tokens_mask(
+        [1, 5, 2, 0, 3], **marked
+    )
+    assert ours.special_tokens_map == hf.special_tokens_map
+    for length in (5, 8):
+        single = {"input_ids": [5, 6, 2]}
+        for kind in ("pt", "np"):
+            options = {"padding": "max_length", "max_length": length, "pad_to_multiple_of": 4, "return_tensors": kind}
+            expected, got = hf.pad(single, **options), ours.pad(single, **options)
+            assert {name: row.tolist() for name, row in got.items()} == {
+                name: row.tolist() for name, row in expected.items()}  # fmt: skip
+
+
 def test_hf_reads_what_we_save_and_we_read_what_hf_saves(pair: Pair, tmp_path: Path) -> None:
     hf, ours = pair
     ours.save_pretrained(tmp_path / "ours")
