@@ -22,8 +22,7 @@ from openllama.checks import check_classification_labels, check_labels, check_te
 from openllama.config import OpenLlamaConfig
 from openllama.errors import BackendError, InputError, warn
 from openllama.generation import GenerateOutput, GenerationConfig
-from openllama.generation.outputs import Streamer
-from openllama.generation.scoring import compute_transition_scores
+from openllama.generation.outputs import Streamer, compute_transition_scores
 from openllama.generation.state import prepare_inputs_for_generation
 from openllama.losses import causal_lm_loss, chunked_causal_lm_loss, classification_loss
 from openllama.model import CausalLM, Decoder, Inputs, SharedHead, init_weights

@@ -27,8 +27,9 @@ PUBLIC = {  # module -> its public names, in the order of the page
     "openllama.pretrained": "PretrainedModel",
     "openllama.outputs": "ModelOutput BaseModelOutput CausalLMOutput SequenceClassifierOutput",
     "openllama.generation": "GenerationConfig GenerateOutput LogitsProcessor StoppingCriterion generate stream prepare "
-    "score Score",
-    "openllama.generation.text": "stream_text decoded until stop_at score_texts",
+    "score score_continuations embed Score ContinuationScore",
+    "openllama.generation.text": "stream_text decoded until stop_at score_texts score_text_continuations "
+    "continuation_ids embed_texts",
     "openllama.tokenizer": "AddedToken Encoding StreamDecoder",
     "openllama.surgery": "extend_vocabulary",
     "openllama.checkpoint": "convert convert_adapter verify diff inspect open_checkpoint hf_to_native native_to_hf "

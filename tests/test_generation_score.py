@@ -1,14 +1,15 @@
-"""Log-probabilities and perplexity of given texts."""
+"""Log-probabilities and perplexity of given texts, of long ones in windows, and of continuations."""
 
 from __future__ import annotations
 
 import sys
+import warnings
 
 import pytest
 import torch
 
 from openllama.errors import InputError
-from openllama.generation import Score, score
+from openllama.generation import Score, score, score_continuations
 from tests.generating import CONFIG, make_model
 
 
@@ -48,6 +49,7 @@ def test_few_logits_exist_at_a_time(model, monkeypatch):
     assert sizes == [4, 4, 2]
 
 
+@pytest.mark.filterwarnings("ignore:a sequence of 7 tokens")
 def test_under_dynamic_rope_a_text_in_a_batch_scores_as_alone():
     model = make_model(rope_scaling={"type": "dynamic", "factor": 2.0}, max_position_embeddings=4)
     together = score(model, TEXTS)
@@ -80,6 +82,91 @@ def test_bad_texts_are_refused(model, texts, message):
 def test_no_texts_have_no_scores(model):
     assert score(model, []) == []
 
+
+# ---------------------------------------------------------------------- long sequences
+
+
+def long_ids(length: int) -> list[int]:
+    return torch.randint(1, 40, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+
+
+@pytest.mark.parametrize("length", [2, 7, 8, 9, 10, 14, 23])
+@pytest.mark.parametrize("stride", [1, 3, 7])
+@torch.no_grad()
+def test_each_token_of_a_long_document_is_scored_once_with_enough_before_it(length, stride):
+    model, context = make_model(max_position_embeddings=8), 8
+    ids = torch.tensor(long_ids(length))
+    expected = []
+    for place in range(1, length):
+        windows = [start for start in range(0, length, stride) if start < place < start + context]
+        start = windows[0]  # the first window that holds a token scores it: the one that sees most before it
+        assert place - start >= min(place, context - stride)
+        logits = model(ids[None, start:place]).logits[0, -1]
+        expected.append(logits.log_softmax(-1)[ids[place]])
+    [result] = score(model, [ids], stride=stride)
+    torch.testing.assert_close(result.log_probs, torch.stack(expected))
+    assert torch.equal(result.token_ids, ids)
+
+
+def test_a_text_that_fits_scores_as_without_a_stride(model):
+    plain, strided = score(model, TEXTS), score(model, TEXTS, stride=5)
+    assert all(torch.equal(a.log_probs, b.log_probs) for a, b in zip(plain, strided, strict=True))
+
+
+def test_long_and_short_documents_share_batches():
+    model = make_model(max_position_embeddings=8)
+    documents = [long_ids(23), [5, 9], long_ids(9), long_ids(8)]
+    for together, ids in zip(score(model, documents, 3, stride=4), documents, strict=True):
+        torch.testing.assert_close(together.log_probs, score(model, [ids], 1, stride=4)[0].log_probs)
+
+
+def test_a_text_beyond_the_trained_length_warns_once_and_names_both_numbers():
+    model = make_model(max_position_embeddings=8)
+    with pytest.warns(UserWarning, match=r"23 tokens .* max_position_embeddings 8: .*; stride=4 scores it") as caught:
+        score(model, [long_ids(23), long_ids(9)], 1)
+    assert len(caught) == 1
+    with pytest.warns(UserWarning, match=r"9 tokens .* max_position_embeddings 8") as caught:
+        score_continuations(model, [(long_ids(5), [1, 2, 3, 4])])
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        score(model, [long_ids(23)], stride=4)
+        score(model, [long_ids(8)])
+
+
+@pytest.mark.parametrize("stride", [0, 8, -1, 2.0])
+def test_a_stride_that_leaves_no_context_is_refused(stride):
+    with pytest.raises(InputError, match="stride must be from 1 to 7, less than max_position_embeddings 8, got"):
+        score(make_model(max_position_embeddings=8), TEXTS, stride=stride)
+
+
+# ---------------------------------------------------------------------- continuations
+
+
+@torch.no_grad()
+def test_a_continuation_is_scored_given_its_prompt(model):
+    greedy = model.generate(torch.tensor([[5, 9, 13]]), max_new_tokens=4)[0, 3:].tolist()
+    pairs = [([5, 9, 13], greedy), ([5, 9, 13], [*greedy[:3], (greedy[3] + 1) % 40]), ([7], [21, 3]), ([7, 21], [3])]
+    results = score_continuations(model, pairs, batch_size=3)
+    for (prompt, continuation), result in zip(pairs, results, strict=True):
+        ids = torch.tensor([*prompt, *continuation])
+        log_probs = model(ids[None]).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+        torch.testing.assert_close(result.log_probs, log_probs.gather(1, ids[len(prompt) :, None])[:, 0])
+        assert result.total == pytest.approx(float(result.log_probs.sum()))
+        assert result.is_greedy == torch.equal(log_probs.argmax(-1), ids[len(prompt) :])
+    assert [result.is_greedy for result in results[:2]] == [True, False]
+    whole = score(model, [[7, 21, 3]])[0]
+    assert results[2].total == pytest.approx(whole.total)
+
+
+@pytest.mark.parametrize(("pair", "message"), [(([], [1]), "prompt 0 has shape"), (([1], []), "continuation 0 has")])
+def test_a_pair_needs_a_token_on_both_sides(model, pair, message):
+    with pytest.raises(InputError, match=message):
+        score_continuations(model, [pair])
+    assert score_continuations(model, []) == []
+
+
+# ---------------------------------------------------------------------- scores of what was generated
 
 OUTPUTS = {"return_dict_in_generate": True, "output_scores": True, "max_new_tokens": 5}
 

@@ -1,4 +1,4 @@
-"""Text in and out: whole characters, stop strings, scores of texts."""
+"""Text in and out: whole characters, stop strings, scores and embeddings of texts."""
 
 from __future__ import annotations
 
@@ -8,8 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openllama.errors import InputError
-from openllama.generation import score
-from openllama.generation.text import score_texts, stop_at, stream_text, until
+from openllama.generation import embed, score
+from openllama.generation.text import (
+    continuation_ids,
+    embed_texts,
+    score_text_continuations,
+    score_texts,
+    stop_at,
+    stream_text,
+    until,
+)
 from openllama.tokenizer import OpenLlamaTokenizer
 from tests.generating import make_model
 from tests.sentencepieces import model_bytes
@@ -77,6 +85,60 @@ def test_texts_are_scored_as_their_ids(model, tokenizer):
     expected = score(model, [tokenizer(text).input_ids for text in texts])
     for left, right in zip(score_texts(model, tokenizer, texts), expected, strict=True):
         assert torch.equal(left.log_probs, right.log_probs)
+
+
+def test_a_book_longer_than_the_context_has_a_perplexity(tokenizer):
+    model = make_model(vocab_size=len(tokenizer), max_position_embeddings=16)
+    text = "To be, or not to be: that is the question. " * 4
+    [book] = score_texts(model, tokenizer, [text], stride=8)
+    ids = tokenizer(text).input_ids
+    assert len(ids) > 32
+    assert len(book.log_probs) == len(ids) - 1
+    assert book.perplexity == pytest.approx(score(model, [ids], stride=8)[0].perplexity)
+    assert score_texts(model, tokenizer, []) == []
+
+
+def test_a_harness_asks_for_the_likelihood_of_answers(model, tokenizer):
+    pairs = [("To be", " or not to be"), ("To be ", "or not to be"), ("", "To be"), ("To be, or no", "t to be")]
+    results = score_text_continuations(model, tokenizer, pairs)
+    assert results[0].total == results[1].total  # a space at the end of a prompt belongs to what follows
+    for (prompt, continuation), result in zip(pairs, results, strict=True):
+        before, after = continuation_ids(tokenizer, prompt, continuation)
+        assert before + after == [1, *tokenizer.encode(prompt + continuation, add_special_tokens=False)]
+        log_probs = model(torch.tensor([before + after])).logits[0].log_softmax(-1)[len(before) - 1 : -1].detach()
+        expected = log_probs.gather(1, torch.tensor(after)[:, None]).sum()
+        assert result.total == pytest.approx(float(expected), rel=1e-5)
+        assert result.is_greedy == torch.equal(log_probs.argmax(-1), torch.tensor(after))
+    assert score_text_continuations(model, tokenizer, []) == []
+
+
+def test_a_prompt_and_its_continuation_are_encoded_together(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "add_bos_token", False)
+    monkeypatch.setattr(tokenizer, "add_eos_token", True)
+    prompt, continuation = continuation_ids(tokenizer, "To be ", "or not")
+    assert prompt == tokenizer.encode("To be", add_special_tokens=False)
+    assert prompt + continuation == tokenizer.encode("To be or not", add_special_tokens=False)
+    assert continuation_ids(tokenizer, "", "To be") == ([2], prompt)
+    assert continuation_ids(tokenizer, " ", "To be")[0] == [2]
+    shared, changed = continuation_ids(tokenizer, "To b", "e or")  # ▁To ▁ b, but together ▁To ▁be ▁or
+    assert shared + changed == tokenizer.encode("To be or", add_special_tokens=False)
+    assert tokenizer.convert_ids_to_tokens(shared) == ["▁To"]
+    with pytest.raises(InputError, match="the continuation '' adds no token to its prompt"):
+        continuation_ids(tokenizer, "To be", "")
+    monkeypatch.setitem(tokenizer._special, "eos_token", None)
+    with pytest.raises(InputError, match="no token to begin a text with"):
+        continuation_ids(tokenizer, "", "To be")
+
+
+def test_the_nearest_text_is_found_by_its_embedding(model, tokenizer):
+    texts = ["To be, or not to be", "床前明月光", "the players play"]
+    for pooling in ("mean", "last"):
+        vectors = embed_texts(model, tokenizer, texts, pooling, batch_size=2)
+        for row, text in enumerate(texts):
+            torch.testing.assert_close(vectors[row], embed(model, [tokenizer.encode(text)], pooling)[0])
+            near = torch.cosine_similarity(embed_texts(model, tokenizer, [text], pooling), vectors)
+            assert int(near.argmax()) == row
+    assert len(embed_texts(model, tokenizer, [])) == 0
 
 
 @pytest.mark.parametrize("stops", ["user:", ["user:", ""]])

@@ -222,8 +222,16 @@ def test_a_conversation_is_written_as_the_model_was_trained(tokenizer: OpenLlama
     assert tensors.input_ids.tolist() == [ids]
     batch = tokenizer.apply_chat_template([CHAT, CHAT[:1]], padding=True, return_tensors="pt")
     assert batch.shape == (2, len(tokenizer.apply_chat_template(CHAT)))
+    assert tokenizer.apply_chat_template(CHAT, tokenize=False) == text.removesuffix("system:")
     begun = tokenizer.apply_chat_template(CHAT[:2], tokenize=False, continue_final_message=True)
     assert begun == "user:Who is there?\nsystem:The king."
+
+
+def test_any_plain_template_is_the_same_in_jinja(tokenizer: OpenLlamaTokenizer) -> None:
+    for text in ("{prompt}{answer}", "Q: '{prompt}'\n\nA: \"{answer}\"\n", "«{prompt}» \\ {answer}\t"):
+        template = ChatTemplate(text)
+        written = tokenizer.apply_chat_template(CHAT, template.jinja(), True, tokenize=False)
+        assert written == template.question("Who is there?") + "The king." + template.end + template.question("Play")
 
 
 def test_a_folders_own_template_is_used(tokenizer: OpenLlamaTokenizer, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from openllama.tokenizer import AddedToken, OpenLlamaTokenizer
 from openllama.tokenizer.offsets import spans
-from tests.sentencepieces import REAL, TINY_CHECKPOINT, TRAINED, model_bytes, texts, write_folder
+from tests.sentencepieces import REAL, TINY_CHECKPOINT, TRAINED, model_bytes, texts, trained, write_folder
 
 Folder = pytest.TempPathFactory
 
@@ -81,6 +82,14 @@ def test_bos_eos_and_padding_have_no_place(tokenizer: OpenLlamaTokenizer) -> Non
         options = {"padding": True, "return_tensors": kind, "return_offsets_mapping": True}
         tensors = tokenizer(["to be", "to be or not to be"], **options)
         assert tensors.offset_mapping.tolist() == [[[*place] for place in row] for row in (short, long)]
+
+
+def test_plain_text_that_is_spelt_like_a_control_token_is_unknown_with_or_without_places(tmp_path: Path) -> None:
+    path = write_folder(tmp_path, trained("no bytes", bos_piece="@#"))
+    tokenizer = OpenLlamaTokenizer.from_pretrained(path, add_bos_token=False)
+    plain = tokenizer("a @#", split_special_tokens=True, return_offsets_mapping=True)
+    assert plain.input_ids == tokenizer.encode("a @#", split_special_tokens=True)
+    assert (plain.input_ids[-1], plain.offset_mapping[-1]) == (tokenizer.unk_token_id, (2, 4))
 
 
 def test_places_are_characters_of_the_text_as_it_was_given() -> None:

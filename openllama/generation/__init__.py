@@ -8,25 +8,30 @@ loop                              ``generate``, ``stream``, greedy search and sa
 beam, contrastive, assisted       the rarer strategies, each on its own
 arguments                         the names and types of all arguments, for type checkers
 scoring                           log-probabilities of given sequences
+embedding                         vectors of given sequences
 text                              strings in and out, for those who have a tokenizer
 """
 
 from openllama.generation.checks import prepare
 from openllama.generation.config import GenerationConfig
+from openllama.generation.embedding import embed
 from openllama.generation.loop import generate, stream
 from openllama.generation.outputs import GenerateOutput
 from openllama.generation.processors import LogitsProcessor
-from openllama.generation.scoring import Score, score
+from openllama.generation.scoring import ContinuationScore, Score, score, score_continuations
 from openllama.generation.stopping import StoppingCriterion
 
 __all__ = [
+    "ContinuationScore",
     "GenerateOutput",
     "GenerationConfig",
     "LogitsProcessor",
     "Score",
     "StoppingCriterion",
+    "embed",
     "generate",
     "prepare",
     "score",
+    "score_continuations",
     "stream",
 ]

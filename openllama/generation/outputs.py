@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from openllama.cache import Cache
+from openllama.errors import InputError
 from openllama.generation.config import GenerationConfig
 from openllama.outputs import ModelOutput
 
@@ -40,6 +43,37 @@ class GenerateOutput(ModelOutput):
     attentions: tuple[tuple[Tensor, ...], ...] | None = None  # per token and layer (B, H, T, S)
     hidden_states: tuple[tuple[Tensor, ...], ...] | None = None  # per token and layer (B, T, C)
     past_key_values: Cache | None = None  # to go on from; holds all tokens but the last; not of beams
+
+
+def compute_transition_scores(
+    model: object,
+    sequences: Tensor,
+    scores: Sequence[Tensor],
+    beam_indices: Tensor | None = None,
+    normalize_logits: bool = False,
+) -> Tensor:
+    """What each generated token was scored, (B, new), from the output of a ``generate`` with ``output_scores=True``.
+
+    ``sequences`` (B, L + new), ``scores`` (rows, V) per new token, and of beams ``beam_indices`` (B, new) are those of
+    a ``GenerateOutput``. ``normalize_logits``: log-probabilities instead, over the whole vocabulary. Scores of beams
+    are sums of log-probabilities; where a sequence has ended, they are 0. Raises ``InputError``.
+    """
+    if not isinstance(scores, (tuple, list)) or not scores or not all(isinstance(step, Tensor) for step in scores):
+        raise InputError("scores are those of generate(return_dict_in_generate=True, output_scores=True), got none")
+    if beam_indices is None:
+        beam_indices = torch.arange(len(sequences), device=sequences.device)[:, None].expand(-1, len(scores))
+    width = int((beam_indices >= 0).sum(-1).max())  # of the longest sequence
+    rows, tokens = beam_indices[:, :width], sequences[:, sequences.shape[1] - width :]
+    if rows.shape != tokens.shape or len(scores) < width or int(rows.max()) >= len(scores[0]):
+        raise InputError(
+            f"sequences {tuple(sequences.shape)}, {len(scores)} scores of {tuple(scores[0].shape)} and beam_indices "
+            f"{tuple(beam_indices.shape)} are not of one output of generate; beams need beam_indices"
+        )
+    steps = torch.stack(tuple(scores[:width]))  # (width, rows, V)
+    if normalize_logits:
+        steps = steps.log_softmax(-1)
+    picked = steps[torch.arange(width, device=steps.device), rows.clamp(min=0), tokens]
+    return picked.masked_fill(rows < 0, 0)
 
 
 class Streamer(Protocol):

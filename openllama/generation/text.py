@@ -1,4 +1,4 @@
-"""Text in and out: streams of characters, stop strings, scores of texts. The loop itself knows ids only."""
+"""Text in and out: streams of characters, stop strings, scores and embeddings. The loop itself knows ids only."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from openllama.errors import InputError
+from openllama.generation.embedding import embed
 from openllama.generation.loop import stream
-from openllama.generation.scoring import Score, score
+from openllama.generation.scoring import ContinuationScore, Decoding, Score, score, score_continuations
 from openllama.generation.state import LanguageModel
 from openllama.generation.stopping import StoppingCriterion
 from openllama.tokenizer import OpenLlamaTokenizer, StreamDecoder
@@ -79,10 +80,63 @@ def stop_at(tokenizer: OpenLlamaTokenizer, stop_strings: Sequence[str], prompt_l
 
 
 def score_texts(
-    model: LanguageModel, tokenizer: OpenLlamaTokenizer, texts: Sequence[str], batch_size: int = 8
+    model: LanguageModel,
+    tokenizer: OpenLlamaTokenizer,
+    texts: Sequence[str],
+    batch_size: int = 8,
+    stride: int | None = None,
 ) -> list[Score]:
-    """Log-probabilities and perplexity of texts, encoded as the tokenizer is set to; see ``score``."""
-    return score(model, tokenizer(texts).input_ids, batch_size)
+    """Log-probabilities and perplexity of texts, encoded as the tokenizer is set to; see ``score``.
+
+    >>> [book] = score_texts(model, tokenizer, [text], stride=1024)  # longer than the model's context of 2048
+    >>> book.perplexity
+    """
+    return score(model, tokenizer([*texts]).input_ids, batch_size, stride) if texts else []
+
+
+def score_text_continuations(
+    model: LanguageModel, tokenizer: OpenLlamaTokenizer, pairs: Sequence[tuple[str, str]], batch_size: int = 8
+) -> list[ContinuationScore]:
+    """log p(continuation | prompt) of pairs of strings, and whether greedy search would make the continuation.
+
+    See ``continuation_ids``, which encodes them, and ``score_continuations``. Which answer is the most likely:
+
+    >>> answers = [" Paris", " Rome"]
+    >>> scores = score_text_continuations(model, tokenizer, [("The capital of France is", one) for one in answers])
+    >>> answers[max(range(2), key=lambda i: scores[i].total)]
+    """
+    return score_continuations(model, [continuation_ids(tokenizer, *pair) for pair in pairs], batch_size)
+
+
+def continuation_ids(tokenizer: OpenLlamaTokenizer, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Ids of a prompt and of its continuation, cut where the ids of both together leave those of the prompt.
+
+    As in lm-evaluation-harness, spaces at the end of the prompt go to the continuation, and no eos is added; bos is if
+    the tokenizer is set to. An empty prompt is the token before a text: bos, or else the eos of the text before.
+
+    "To be " + "or not" -> ids of "To be", ids of " or not"
+    """
+    spaces = len(prompt) - len(prompt.rstrip())
+    kept = tokenizer.encode(prompt[: len(prompt) - spaces], add_special_tokens=False)
+    ids = tokenizer.encode(prompt + continuation, add_special_tokens=False)
+    shared = next((i for i, pair in enumerate(zip(kept, ids, strict=False)) if pair[0] != pair[1]), len(kept))
+    if len(ids) <= shared:
+        raise InputError(f"the continuation {continuation!r} adds no token to its prompt; leave it out")
+    before = [tokenizer.bos_token_id] if tokenizer.add_bos_token else [] if shared else [tokenizer.eos_token_id]
+    if None in before:
+        raise InputError("the tokenizer has no token to begin a text with; give a prompt")
+    return before + ids[:shared], ids[shared:]
+
+
+def embed_texts(
+    model: Decoding, tokenizer: OpenLlamaTokenizer, texts: Sequence[str], pooling: str = "mean", batch_size: int = 8
+) -> Tensor:
+    """Embeddings (N, C) of texts, encoded as the tokenizer is set to; see ``embed``.
+
+    >>> query, *documents = embed_texts(model, tokenizer, ["sweet sorrow", "Parting is such sweet sorrow", "A horse!"])
+    >>> [float(torch.cosine_similarity(query, document, dim=0)) for document in documents]
+    """
+    return embed(model, tokenizer([*texts]).input_ids if texts else [], pooling, batch_size)
 
 
 def _held(text: str, stop_strings: Sequence[str]) -> int:

@@ -232,6 +232,28 @@ def test_pairs_and_their_masks_are_the_same(
     compared["tokenizer texts"] += 2
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("truncation", [True, "only_first", "only_second"])
+def test_pairs_are_cut_the_same_at_every_length(tmp_path: Path, side: str, truncation: bool | str) -> None:
+    hf, ours = both(variant_folder(tmp_path, "v1-like", "v1 convention"))
+    hf.truncation_side = ours.truncation_side = side
+    long, short = "to be or not to be", "明月"
+    for pair in ((long, short), (short, long), (long, long), (short, short)):
+        lengths = [len(ours.encode(text, add_special_tokens=False)) for text in pair]
+        other = 0 if truncation is True else lengths[truncation == "only_first"]
+        for max_length in range(2 + other + 1, 2 + sum(lengths) + 2):
+            options = {"truncation": truncation, "max_length": max_length, "return_token_type_ids": True}
+            assert ours(*pair, **options) == dict(hf(*pair, **options))
+
+
+def test_unknown_text_that_becomes_the_name_of_an_added_token_is_that_token(tmp_path: Path) -> None:
+    hf, ours = both(variant_folder(tmp_path, "no bytes", "model file only"))
+    for tokenizer in (hf, ours):
+        tokenizer.add_tokens(["@#"])
+    assert ours.encode("a ＠＃ b") == hf.encode("a ＠＃ b")
+    assert len(ours) - 1 in ours.encode("a ＠＃ b")
+
+
 @pytest.mark.parametrize("model", ["v1-like", "llama-like"])
 def test_what_is_built_of_ids_is_the_same(tmp_path: Path, model: str) -> None:
     hf, ours = both(variant_folder(tmp_path, model, "v1 convention"))
