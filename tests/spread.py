@@ -36,6 +36,7 @@ from openllama.checkpoint import writer
 from openllama.errors import CheckpointError, DestinationExistsError, InputError, KeyMismatchError
 from openllama.generation import score
 from openllama.parallel import load, shard, tensor_parallel
+from openllama.recompute import keep_products
 from tests.tiny import tiny_config, tiny_ids, tiny_model
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_dropout_prob": 0.0}
@@ -128,13 +129,14 @@ def calling_loss_after_plain_fully_shard_gives_the_same_numbers(folder: Path) ->
 @check
 def steps_of_an_optimizer_on_a_sharded_model_change_weights_as_in_one_process(folder: Path) -> None:
     expected, _ = trained("loss")
-    model = shard(tiny_model(**NO_DROPOUT).train())
-    model.gradient_checkpointing_enable()
-    model.loss(mine(IDS), mine(IDS)).backward()
-    for one in (expected, model):
-        torch.optim.AdamW(one.parameters(), lr=0.1, foreach=False).step()
-    for (name, found), wanted in zip(model.named_parameters(), expected.parameters(), strict=True):
-        assert torch.equal(whole(found), wanted), name
+    torch.optim.AdamW(expected.parameters(), lr=0.1, foreach=False).step()
+    for recomputation in ({}, {"context_fn": keep_products}):
+        model = shard(tiny_model(**NO_DROPOUT).train())
+        model.gradient_checkpointing_enable(recomputation)
+        model.loss(mine(IDS), mine(IDS)).backward()
+        torch.optim.AdamW(model.parameters(), lr=0.1, foreach=False).step()
+        for (name, found), wanted in zip(model.named_parameters(), expected.parameters(), strict=True):
+            assert torch.equal(whole(found), wanted), name
 
 
 @check
@@ -195,6 +197,8 @@ def training_with_tensor_parallelism_gives_the_loss_and_gradients_of_one_process
             wanted = loss_of(expected, method, IDS)
             wanted.backward()
             model = tensor_parallel(tiny_model(**NO_DROPOUT, **fields).train(), mesh())
+            if method == "loss":
+                model.gradient_checkpointing_enable({"context_fn": keep_products})
             assert model.model.layers[0].attention.q_proj.weight.to_local().shape == (12, 24)
             loss = loss_of(model, method, IDS)
             loss.backward()
@@ -454,6 +458,8 @@ def training_under_ddp_gives_the_loss_and_gradients_of_one_process(folder: Path)
     for fields in HEADS:
         expected, losses = trained("forward", **fields)
         model = DistributedDataParallel(tiny_model(**NO_DROPOUT, **fields).train())
+        if fields:
+            model.module.gradient_checkpointing_enable({"context_fn": keep_products})
         loss = loss_of(model, "forward", mine(IDS))
         loss.backward()
         assert torch.equal(loss, losses[dist.get_rank()])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from openllama.errors import CheckpointError
@@ -44,7 +44,7 @@ class Spread:
 
 def is_spread(tensor: object) -> bool:
     """Whether it is a DTensor; asking does not import them."""
-    return isinstance(tensor, Tensor) and hasattr(tensor, "full_tensor")
+    return type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "full_tensor")
 
 
 @contextmanager
