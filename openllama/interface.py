@@ -281,7 +281,7 @@ class OpenLlamaForCausalLM(PretrainedModel, CausalLM):
         return generation.stream(self, input_ids, **arguments)
 
     prepare_inputs_for_generation = prepare_inputs_for_generation  # a method, which adapters replace
-    compute_transition_scores = compute_transition_scores
+    compute_transition_scores = staticmethod(compute_transition_scores)
 
     def _check_labels(self, tokens: Tensor, labels: Tensor | None, logits_to_keep: int) -> None:
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:

@@ -46,7 +46,6 @@ class GenerateOutput(ModelOutput):
 
 
 def compute_transition_scores(
-    model: object,
     sequences: Tensor,
     scores: Sequence[Tensor],
     beam_indices: Tensor | None = None,
