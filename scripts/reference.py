@@ -27,7 +27,7 @@ PUBLIC = {  # module -> its public names, in the order of the page
     "openllama.pretrained": "PretrainedModel",
     "openllama.outputs": "ModelOutput BaseModelOutput CausalLMOutput SequenceClassifierOutput",
     "openllama.generation": "GenerationConfig GenerateOutput LogitsProcessor StoppingCriterion generate stream prepare "
-    "score score_continuations embed Score ContinuationScore",
+    "score score_continuations embed_sequences Score ContinuationScore",
     "openllama.generation.text": "stream_text decoded until stop_at score_texts score_text_continuations "
     "continuation_ids embed_texts",
     "openllama.tokenizer": "AddedToken Encoding StreamDecoder",

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openllama.errors import InputError
-from openllama.generation import embed, score
+from openllama.generation import embed_sequences, score
 from openllama.generation.text import (
     continuation_ids,
     embed_texts,
@@ -135,7 +135,7 @@ def test_the_nearest_text_is_found_by_its_embedding(model, tokenizer):
     for pooling in ("mean", "last"):
         vectors = embed_texts(model, tokenizer, texts, pooling, batch_size=2)
         for row, text in enumerate(texts):
-            torch.testing.assert_close(vectors[row], embed(model, [tokenizer.encode(text)], pooling)[0])
+            torch.testing.assert_close(vectors[row], embed_sequences(model, [tokenizer.encode(text)], pooling)[0])
             near = torch.cosine_similarity(embed_texts(model, tokenizer, [text], pooling), vectors)
             assert int(near.argmax()) == row
     assert len(embed_texts(model, tokenizer, [])) == 0

@@ -14,7 +14,7 @@ text                              strings in and out, for those who have a token
 
 from openllama.generation.checks import prepare
 from openllama.generation.config import GenerationConfig
-from openllama.generation.embedding import embed
+from openllama.generation.embedding import embed_sequences
 from openllama.generation.loop import generate, stream
 from openllama.generation.outputs import GenerateOutput
 from openllama.generation.processors import LogitsProcessor
@@ -28,7 +28,7 @@ __all__ = [
     "LogitsProcessor",
     "Score",
     "StoppingCriterion",
-    "embed",
+    "embed_sequences",
     "generate",
     "prepare",
     "score",

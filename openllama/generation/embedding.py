@@ -14,7 +14,7 @@ POOLINGS = ("mean", "last")
 
 
 @torch.no_grad()
-def embed(
+def embed_sequences(
     model: Decoding, sequences: Sequence[Sequence[int] | Tensor], pooling: str = "mean", batch_size: int = 8
 ) -> Tensor:
     """Embeddings (N, C) of N sequences of ids, in at least float32; for causal language models, decoders, classifiers.
@@ -23,7 +23,7 @@ def embed(
     Padding counts in neither: a row is that of the same sequence alone, up to rounding. Sequences of like length share
     a forward pass, ``batch_size`` at a time. Raises ``InputError``.
 
-    >>> vectors = embed(model, [[5, 9, 13], [7, 21]])
+    >>> vectors = embed_sequences(model, [[5, 9, 13], [7, 21]])
     >>> torch.nn.functional.cosine_similarity(vectors[0], vectors[1], dim=0)
     """
     if pooling not in POOLINGS:

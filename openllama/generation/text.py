@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from openllama.errors import InputError
-from openllama.generation.embedding import embed
+from openllama.generation.embedding import embed_sequences
 from openllama.generation.loop import stream
 from openllama.generation.scoring import ContinuationScore, Decoding, Score, score, score_continuations
 from openllama.generation.state import LanguageModel
@@ -131,12 +131,12 @@ def continuation_ids(tokenizer: OpenLlamaTokenizer, prompt: str, continuation: s
 def embed_texts(
     model: Decoding, tokenizer: OpenLlamaTokenizer, texts: Sequence[str], pooling: str = "mean", batch_size: int = 8
 ) -> Tensor:
-    """Embeddings (N, C) of texts, encoded as the tokenizer is set to; see ``embed``.
+    """Embeddings (N, C) of texts, encoded as the tokenizer is set to; see ``embed_sequences``.
 
     >>> query, *documents = embed_texts(model, tokenizer, ["sweet sorrow", "Parting is such sweet sorrow", "A horse!"])
     >>> [float(torch.cosine_similarity(query, document, dim=0)) for document in documents]
     """
-    return embed(model, tokenizer([*texts]).input_ids if texts else [], pooling, batch_size)
+    return embed_sequences(model, tokenizer([*texts]).input_ids if texts else [], pooling, batch_size)
 
 
 def _held(text: str, stop_strings: Sequence[str]) -> int:
