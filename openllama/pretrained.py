@@ -299,7 +299,7 @@ class PretrainedModel(nn.Module):
                 return
             check_destination(Path(folder), overwrite)
             exported = export(layout, dataclasses.replace(weights, tensors=tensors), self.config)
-            with finished_folder(Path(folder), OURS) as unfinished:
+            with finished_folder(Path(folder), OURS, overwrite=overwrite) as unfinished:
                 exported.write_files(unfinished)
                 if hasattr(self, "generation_config"):
                     self.generation_config.save_pretrained(unfinished)
