@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from os import PathLike
@@ -162,21 +163,21 @@ class OpenLlamaTokenizer(Splitter):
         bos, eos = self._bos_and_eos() if add_special_tokens else ([], [])
         limits = (self.model_max_length, padding, pad_to_multiple_of, len(bos + eos) * len(columns))
         room = room_for_text(truncation, max_length, *limits)
-        if return_offsets_mapping:
-            pairs = [[self._ids_and_spans(one, split_special_tokens) for one in column] for column in columns]
-            ids = [[pair[0] for pair in column] for column in pairs]
-            places = [[pair[1] for pair in column] for column in pairs]
-        else:
-            ids = [[self._ids(one, split_special_tokens) for one in column] for column in columns]
-        counts = [kept([*map(len, row)], room, truncation) for row in zip(*ids, strict=True)]
-        batch = {"input_ids": joined(ids, counts, self.truncation_side, bos, eos)}
-        if return_offsets_mapping:
-            none = [(0, 0)]
-            batch["offset_mapping"] = joined(places, counts, self.truncation_side, none * len(bos), none * len(eos))
-        if return_token_type_ids:
-            batch["token_type_ids"] = [token_types(row, len(bos + eos)) for row in counts]
-        if return_special_tokens_mask:
-            batch["special_tokens_mask"] = [special_mask(row, len(bos), len(eos)) for row in counts]
+        batch: dict[str, list[Any]] = defaultdict(list)
+        for row in zip(*columns, strict=True):
+            if return_offsets_mapping:
+                ids, places = zip(*(self._ids_and_spans(one, split_special_tokens) for one in row), strict=True)
+            else:
+                ids, places = tuple(self._ids(one, split_special_tokens) for one in row), ()
+            counts = kept([*map(len, ids)], room, truncation)
+            batch["input_ids"].append(joined(ids, counts, self.truncation_side, bos, eos))
+            if return_offsets_mapping:
+                nowhere = [(0, 0)] * len(bos), [(0, 0)] * len(eos)
+                batch["offset_mapping"].append(joined(places, counts, self.truncation_side, *nowhere))
+            if return_token_type_ids:
+                batch["token_type_ids"].append(token_types(counts, len(bos + eos)))
+            if return_special_tokens_mask:
+                batch["special_tokens_mask"].append(special_mask(counts, len(bos), len(eos)))
         if isinstance(text, str) and not batch["input_ids"][0]:
             padding = False  # HF pads an empty string in a batch, but not alone
         is_single = isinstance(text, str) and return_tensors is None
