@@ -155,8 +155,8 @@ class OpenLlamaTokenizer(Splitter):
         added to the text; ``offset_mapping``: the (start, end) of each token's characters in its text, the whole
         character for each of its byte tokens, and (0, 0) for what is added:
 
-        >>> tokenizer("To be龘", return_offsets_mapping=True).offset_mapping  # To ▁be <0xE9> <0xBE> <0x98> </s>
-        [(0, 2), (2, 5), (5, 6), (5, 6), (5, 6), (0, 0)]
+            tokenizer("To be龘", return_offsets_mapping=True).offset_mapping  # of To, ▁be, the bytes of 龘, and eos
+            # [(0, 2), (2, 5), (5, 6), (5, 6), (5, 6), (0, 0)]
         """
         refuse(not_taken)
         columns = checked_texts(text, text_pair)
@@ -184,7 +184,13 @@ class OpenLlamaTokenizer(Splitter):
         rest = (padding, max_length, pad_to_multiple_of, return_attention_mask, return_tensors)
         return self._padded(batch, is_single, *rest)
 
-    encode_plus = batch_encode_plus = __call__  # HF's older names
+    def encode_plus(self, text: str, text_pair: str | None = None, **options: Any) -> Encoding:
+        """HF's older name of ``__call__`` with a string."""
+        return self(text, text_pair, **options)
+
+    def batch_encode_plus(self, texts: Sequence[str], **options: Any) -> Encoding:
+        """HF's older name of ``__call__`` with a list."""
+        return self(texts, **options)
 
     def _bos_and_eos(self) -> tuple[list[int], list[int]]:
         """Ids that add_special_tokens adds before and after a string; a list is empty if its setting is off."""
@@ -235,8 +241,8 @@ class OpenLlamaTokenizer(Splitter):
 
         Keys that the tokenizer does not make are kept unchanged.
 
-        >>> tokenizer.pad([{"input_ids": [5, 2], "label": 0}, {"input_ids": [5, 6, 2], "label": 1}])
-        {'input_ids': [[5, 2, 3], [5, 6, 2]], 'label': [0, 1], 'attention_mask': [[1, 1, 0], [1, 1, 1]]}
+            tokenizer.pad([{"input_ids": [5, 2], "label": 0}, {"input_ids": [5, 6, 2], "label": 1}])
+            # {'input_ids': [[5, 2, 3], [5, 6, 2]], 'label': [0, 1], 'attention_mask': [[1, 1, 0], [1, 1, 1]]}
         """
         refuse(not_taken)
         batch, is_single = as_batch(encoded_inputs)
@@ -292,9 +298,9 @@ class OpenLlamaTokenizer(Splitter):
         ``__call__``, such as ``return_tensors="pt"``. The template writes the special tokens; none are added, and one
         that is spelt in a message is one.
 
-        >>> chat = [{"role": "user", "content": "Hello"}]
-        >>> tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        'user:Hello\nsystem:'
+            chat = [{"role": "user", "content": "Hello"}]
+            tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            # 'user:Hello\\nsystem:'
         """
         several = bool(conversation) and not isinstance(conversation[0], Mapping)
         variables = {role: str(token) for role, token in self._special.items() if token and role != LIST_ROLE}
