@@ -195,6 +195,13 @@ def test_arguments_that_are_not_taken_are_named(tokenizer: OpenLlamaTokenizer) -
         tokenizer.pad({"input_ids": [[1]]}, paddding=True)
 
 
+def test_older_names_of_hf_encode_as_well(tokenizer: OpenLlamaTokenizer) -> None:
+    assert tokenizer.encode_plus("to be", "or not", max_length=4) == tokenizer("to be", "or not", max_length=4)
+    assert tokenizer.batch_encode_plus(["to be", "or"], padding=True) == tokenizer(["to be", "or"], padding=True)
+    assert (tokenizer.mask_token, tokenizer.sep_token_id) == (None, None)
+    assert tokenizer.special_tokens_map["eos_token"] == "</s>"
+
+
 def test_it_shows_itself_in_one_line(tokenizer: OpenLlamaTokenizer) -> None:
     shown = repr(tokenizer)
     assert shown.startswith("OpenLlamaTokenizer(420 tokens, bos='<s>', eos='</s>', unk='<unk>', pad='<pad>', add_bos")

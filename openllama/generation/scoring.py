@@ -95,8 +95,8 @@ def score(
     passes. Without, it is read whole, with a warning. Sequences of like length share a forward pass, and no more than
     ``CHUNK_LOGITS`` logits exist at a time. Raises ``InputError``.
 
-    >>> [document] = score(model, [ids], stride=model.config.max_position_embeddings // 2)
-    >>> document.perplexity
+        [document] = score(model, [ids], stride=model.config.max_position_embeddings // 2)
+        print(document.perplexity)
     """
     rows = checked_rows(model, sequences, at_least=2)
     context = model.config.max_position_embeddings
@@ -124,8 +124,8 @@ def score_continuations(
 
     Both have at least one id: where there is no prompt, give the id that begins a text. Raises ``InputError``.
 
-    >>> best = score_continuations(model, [([5, 9], [13, 2]), ([5, 9], [7])])
-    >>> [(one.total, one.is_greedy) for one in best]  # what lm-evaluation-harness calls loglikelihood
+        scores = score_continuations(model, [([5, 9], [13, 2]), ([5, 9], [7])])
+        print([(one.total, one.is_greedy) for one in scores])  # what lm-evaluation-harness calls loglikelihood
     """
     prompts = checked_rows(model, [prompt for prompt, _ in pairs], at_least=1, name="prompt")
     continuations = checked_rows(model, [ids for _, ids in pairs], at_least=1, name="continuation")

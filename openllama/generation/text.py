@@ -88,8 +88,8 @@ def score_texts(
 ) -> list[Score]:
     """Log-probabilities and perplexity of texts, encoded as the tokenizer is set to; see ``score``.
 
-    >>> [book] = score_texts(model, tokenizer, [text], stride=1024)  # longer than the model's context of 2048
-    >>> book.perplexity
+    [book] = score_texts(model, tokenizer, [text], stride=1024)  # longer than the model's context of 2048
+    print(book.perplexity)
     """
     return score(model, tokenizer([*texts]).input_ids, batch_size, stride) if texts else []
 
@@ -101,9 +101,9 @@ def score_text_continuations(
 
     See ``continuation_ids``, which encodes them, and ``score_continuations``. Which answer is the most likely:
 
-    >>> answers = [" Paris", " Rome"]
-    >>> scores = score_text_continuations(model, tokenizer, [("The capital of France is", one) for one in answers])
-    >>> answers[max(range(2), key=lambda i: scores[i].total)]
+        answers = [" Paris", " Rome"]
+        scores = score_text_continuations(model, tokenizer, [("The capital of France is", one) for one in answers])
+        print(answers[max(range(2), key=lambda i: scores[i].total)])
     """
     return score_continuations(model, [continuation_ids(tokenizer, *pair) for pair in pairs], batch_size)
 
@@ -133,8 +133,8 @@ def embed_texts(
 ) -> Tensor:
     """Embeddings (N, C) of texts, encoded as the tokenizer is set to; see ``embed_sequences``.
 
-    >>> query, *documents = embed_texts(model, tokenizer, ["sweet sorrow", "Parting is such sweet sorrow", "A horse!"])
-    >>> [float(torch.cosine_similarity(query, document, dim=0)) for document in documents]
+    query, *others = embed_texts(model, tokenizer, ["sweet sorrow", "Parting is such sweet sorrow", "A horse!"])
+    print([torch.cosine_similarity(query, other, dim=0).item() for other in others])
     """
     return embed_sequences(model, tokenizer([*texts]).input_ids if texts else [], pooling, batch_size)
 

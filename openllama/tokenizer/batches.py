@@ -103,22 +103,16 @@ def kept(lengths: Sequence[int], room: int | None, truncation: bool | str | None
 
 
 def joined(
-    columns: Sequence[Sequence[list[Any]]],
-    counts: Sequence[Sequence[int]],
-    side: str,
-    before: list[Any],
-    after: list[Any],
-) -> list[list[Any]]:
-    """Rows of one sequence or a pair, bos a eos bos b eos; each keeps its count, the others are removed on ``side``."""
-    rows: list[list[Any]] = []
-    for sequences, numbers in zip(zip(*columns, strict=True), counts, strict=True):
-        rows.append([])
-        for sequence, count in zip(sequences, numbers, strict=True):
-            first = 0 if side == "right" else len(sequence) - count
-            rows[-1] += before
-            rows[-1] += sequence[first : first + count]
-            rows[-1] += after
-    return rows
+    sequences: Sequence[list[Any]], counts: Sequence[int], side: str, before: list[Any], after: list[Any]
+) -> list[Any]:
+    """A row of one sequence or a pair: bos a eos bos b eos. Each keeps ``count`` values; ``side`` loses the others."""
+    row: list[Any] = []
+    for sequence, count in zip(sequences, counts, strict=True):
+        first = 0 if side == "right" else len(sequence) - count
+        row += before
+        row += sequence[first : first + count]
+        row += after
+    return row
 
 
 def special_mask(counts: Sequence[int], before: int, after: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from os import PathLike
@@ -154,36 +155,42 @@ class OpenLlamaTokenizer(Splitter):
         added to the text; ``offset_mapping``: the (start, end) of each token's characters in its text, the whole
         character for each of its byte tokens, and (0, 0) for what is added:
 
-        >>> tokenizer("To be龘", return_offsets_mapping=True).offset_mapping  # To ▁be <0xE9> <0xBE> <0x98> </s>
-        [(0, 2), (2, 5), (5, 6), (5, 6), (5, 6), (0, 0)]
+            tokenizer("To be龘", return_offsets_mapping=True).offset_mapping  # of To, ▁be, the bytes of 龘, and eos
+            # [(0, 2), (2, 5), (5, 6), (5, 6), (5, 6), (0, 0)]
         """
         refuse(not_taken)
         columns = checked_texts(text, text_pair)
         bos, eos = self._bos_and_eos() if add_special_tokens else ([], [])
         limits = (self.model_max_length, padding, pad_to_multiple_of, len(bos + eos) * len(columns))
         room = room_for_text(truncation, max_length, *limits)
-        if return_offsets_mapping:
-            pairs = [[self._ids_and_spans(one, split_special_tokens) for one in column] for column in columns]
-            ids = [[pair[0] for pair in column] for column in pairs]
-            places = [[pair[1] for pair in column] for column in pairs]
-        else:
-            ids = [[self._ids(one, split_special_tokens) for one in column] for column in columns]
-        counts = [kept([*map(len, row)], room, truncation) for row in zip(*ids, strict=True)]
-        batch = {"input_ids": joined(ids, counts, self.truncation_side, bos, eos)}
-        if return_offsets_mapping:
-            none = [(0, 0)]
-            batch["offset_mapping"] = joined(places, counts, self.truncation_side, none * len(bos), none * len(eos))
-        if return_token_type_ids:
-            batch["token_type_ids"] = [token_types(row, len(bos + eos)) for row in counts]
-        if return_special_tokens_mask:
-            batch["special_tokens_mask"] = [special_mask(row, len(bos), len(eos)) for row in counts]
+        batch: dict[str, list[Any]] = defaultdict(list)
+        for row in zip(*columns, strict=True):
+            if return_offsets_mapping:
+                ids, places = zip(*(self._ids_and_spans(one, split_special_tokens) for one in row), strict=True)
+            else:
+                ids, places = tuple(self._ids(one, split_special_tokens) for one in row), ()
+            counts = kept([*map(len, ids)], room, truncation)
+            batch["input_ids"].append(joined(ids, counts, self.truncation_side, bos, eos))
+            if return_offsets_mapping:
+                nowhere = [(0, 0)] * len(bos), [(0, 0)] * len(eos)
+                batch["offset_mapping"].append(joined(places, counts, self.truncation_side, *nowhere))
+            if return_token_type_ids:
+                batch["token_type_ids"].append(token_types(counts, len(bos + eos)))
+            if return_special_tokens_mask:
+                batch["special_tokens_mask"].append(special_mask(counts, len(bos), len(eos)))
         if isinstance(text, str) and not batch["input_ids"][0]:
             padding = False  # HF pads an empty string in a batch, but not alone
         is_single = isinstance(text, str) and return_tensors is None
         rest = (padding, max_length, pad_to_multiple_of, return_attention_mask, return_tensors)
         return self._padded(batch, is_single, *rest)
 
-    encode_plus = batch_encode_plus = __call__  # HF's older names
+    def encode_plus(self, text: str, text_pair: str | None = None, **options: Any) -> Encoding:
+        """HF's older name of ``__call__`` with a string."""
+        return self(text, text_pair, **options)
+
+    def batch_encode_plus(self, texts: Sequence[str], **options: Any) -> Encoding:
+        """HF's older name of ``__call__`` with a list."""
+        return self(texts, **options)
 
     def _bos_and_eos(self) -> tuple[list[int], list[int]]:
         """Ids that add_special_tokens adds before and after a string; a list is empty if its setting is off."""
@@ -234,8 +241,8 @@ class OpenLlamaTokenizer(Splitter):
 
         Keys that the tokenizer does not make are kept unchanged.
 
-        >>> tokenizer.pad([{"input_ids": [5, 2], "label": 0}, {"input_ids": [5, 6, 2], "label": 1}])
-        {'input_ids': [[5, 2, 3], [5, 6, 2]], 'label': [0, 1], 'attention_mask': [[1, 1, 0], [1, 1, 1]]}
+            tokenizer.pad([{"input_ids": [5, 2], "label": 0}, {"input_ids": [5, 6, 2], "label": 1}])
+            # {'input_ids': [[5, 2, 3], [5, 6, 2]], 'label': [0, 1], 'attention_mask': [[1, 1, 0], [1, 1, 1]]}
         """
         refuse(not_taken)
         batch, is_single = as_batch(encoded_inputs)
@@ -291,9 +298,9 @@ class OpenLlamaTokenizer(Splitter):
         ``__call__``, such as ``return_tensors="pt"``. The template writes the special tokens; none are added, and one
         that is spelt in a message is one.
 
-        >>> chat = [{"role": "user", "content": "Hello"}]
-        >>> tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        'user:Hello\nsystem:'
+            chat = [{"role": "user", "content": "Hello"}]
+            tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            # 'user:Hello\\nsystem:'
         """
         several = bool(conversation) and not isinstance(conversation[0], Mapping)
         variables = {role: str(token) for role, token in self._special.items() if token and role != LIST_ROLE}
