@@ -88,8 +88,10 @@ def score_texts(
 ) -> list[Score]:
     """Log-probabilities and perplexity of texts, encoded as the tokenizer is set to; see ``score``.
 
-    [book] = score_texts(model, tokenizer, [text], stride=1024)  # longer than the model's context of 2048
-    print(book.perplexity)
+    A book is longer than the model's context:
+
+        [book] = score_texts(model, tokenizer, [text], stride=model.config.max_position_embeddings // 2)
+        print(book.perplexity)
     """
     return score(model, tokenizer([*texts]).input_ids, batch_size, stride) if texts else []
 
@@ -133,8 +135,10 @@ def embed_texts(
 ) -> Tensor:
     """Embeddings (N, C) of texts, encoded as the tokenizer is set to; see ``embed_sequences``.
 
-    query, *others = embed_texts(model, tokenizer, ["sweet sorrow", "Parting is such sweet sorrow", "A horse!"])
-    print([torch.cosine_similarity(query, other, dim=0).item() for other in others])
+    How near two texts are to a third:
+
+        query, *others = embed_texts(model, tokenizer, ["sweet sorrow", "Parting is such sweet sorrow", "A horse!"])
+        print([torch.cosine_similarity(query, other, dim=0).item() for other in others])
     """
     return embed_sequences(model, tokenizer([*texts]).input_ids if texts else [], pooling, batch_size)
 
