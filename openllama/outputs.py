@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,8 +14,21 @@ from openllama.cache import Cache, GrowingCache
 
 
 @dataclass(repr=False)
-class ModelOutput:
+class ModelOutput(dict):  # type: ignore[type-arg]  # trainers ask whether it is one
     """``out.logits``, ``out["logits"]``, ``out[0]``, ``out[:2]``, ``**out``, as in transformers."""
+
+    def __post_init__(self) -> None:
+        first = fields(self)[0].name
+        if isinstance(given := getattr(self, first), (Mapping, Iterator)):  # accelerate and DataParallel give items
+            setattr(self, first, None)
+            for name, value in dict(given).items():
+                setattr(self, name, value)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.keys()
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        setattr(self, name, value)
 
     def keys(self) -> list[str]:
         """Names of the fields that are set."""

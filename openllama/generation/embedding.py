@@ -23,13 +23,8 @@ def embed_sequences(
     Padding counts in neither: a row is that of the same sequence alone, up to rounding. Sequences of like length share
     a forward pass, ``batch_size`` at a time. Raises ``InputError``.
 
-<<<<<<< HEAD
-    >>> vectors = embed_sequences(model, [[5, 9, 13], [7, 21]])
-    >>> torch.nn.functional.cosine_similarity(vectors[0], vectors[1], dim=0)
-=======
-        first, second = embed(model, [[5, 9, 13], [7, 21]])
+        first, second = embed_sequences(model, [[5, 9, 13], [7, 21]])
         print(torch.cosine_similarity(first, second, dim=0))
->>>>>>> w9-tok
     """
     if pooling not in POOLINGS:
         raise InputError(f"pooling must be one of {', '.join(map(repr, POOLINGS))}, got {pooling!r}")
