@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from openllama.cache import Cache, GrowingCache
+from openllama.errors import InputError
 
 
 @dataclass(repr=False)
-class ModelOutput(dict):  # type: ignore[type-arg]  # trainers ask whether it is one
+class ModelOutput(dict[str, Any]):  # trainers ask whether it is a dict
     """``out.logits``, ``out["logits"]``, ``out[0]``, ``out[:2]``, ``**out``, as in transformers."""
 
     def __post_init__(self) -> None:
@@ -30,15 +31,20 @@ class ModelOutput(dict):  # type: ignore[type-arg]  # trainers ask whether it is
     def __setitem__(self, name: str, value: Any) -> None:
         setattr(self, name, value)
 
-    def keys(self) -> list[str]:
+    def _refuse(self, *args: Any, **named: Any) -> Any:
+        raise InputError("an output keeps its fields; dataclasses.replace(output, loss=None) gives a changed copy")
+
+    pop = popitem = setdefault = update = clear = __delitem__ = _refuse
+
+    def keys(self) -> list[str]:  # type: ignore[override]
         """Names of the fields that are set."""
         return [f.name for f in fields(self) if getattr(self, f.name) is not None]
 
-    def values(self) -> list[Any]:
+    def values(self) -> list[Any]:  # type: ignore[override]
         """The fields that are set."""
         return list(self.to_tuple())
 
-    def items(self) -> list[tuple[str, Any]]:
+    def items(self) -> list[tuple[str, Any]]:  # type: ignore[override]
         """Names and values of the fields that are set."""
         return list(zip(self.keys(), self.to_tuple(), strict=True))
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from openllama import OpenLlamaModel
+from openllama.errors import InputError
 from openllama.outputs import BaseModelOutput, CausalLMOutput, SequenceClassifierOutput
 from tests.tiny import tiny_ids, tiny_model
 
@@ -83,3 +84,20 @@ def test_an_output_is_printed_with_shapes_in_place_of_numbers() -> None:
     made = model.generate(tiny_ids(), max_new_tokens=2, return_dict_in_generate=True, output_attentions=True)
     assert repr(made).startswith("GenerateOutput(sequences=int64 (2, 9), attentions=2 x 2 x float32 (2, 2, 7, 7), past")
     assert len(repr(model.model(tiny_ids()))) < 150
+
+
+def test_an_output_is_a_dict_for_those_who_ask_and_is_made_again_from_its_items() -> None:
+    out = tiny_model()(tiny_ids(), labels=tiny_ids())
+    assert isinstance(out, dict)
+    assert ("loss" in out, "attentions" in out) == (True, False)
+    for again in (type(out)(dict(out)), type(out)((name, value) for name, value in out.items()), {**out}):
+        assert list(again) == ["loss", "logits", "past_key_values"]
+        assert all(again[name] is out[name] for name in out)
+    out["loss"] = None
+    assert out.keys() == ["logits", "past_key_values"]
+
+
+@pytest.mark.parametrize("name", ["pop", "popitem", "setdefault", "update", "clear", "__delitem__"])
+def test_the_fields_of_an_output_cannot_be_taken_away(name: str) -> None:
+    with pytest.raises(InputError, match=r"keeps its fields; dataclasses\.replace"):
+        getattr(tiny_model()(tiny_ids()), name)("logits")

@@ -117,7 +117,6 @@ def test_evaluate_and_predict_give_the_logits_alone(tmp_path: Path, labelled: bo
         out = model(**batch, labels=labels)
     one = trainer(model, tmp_path, rows)
     assert one.evaluate()["eval_loss"] == pytest.approx(out.loss.item(), rel=1e-6)
-    model.config.use_cache = model.config.return_dict = False  # as the page says
     predicted = one.predict(rows if labelled else [{**row, "labels": None} for row in rows])
     np.testing.assert_allclose(predicted.predictions, out.logits.numpy(), rtol=1e-6)
     assert np.array_equal(predicted.label_ids, labels.numpy()) if labelled else predicted.label_ids is None

@@ -84,7 +84,6 @@ def resumes_and_opens(folder: Path) -> Iterator[tuple[str, bool]]:
         opened = kind.from_pretrained(folder / name / "checkpoint-3")
         yield f"Trainer: resume, {name}", same(again.model, one.model)
         yield f"Trainer: from_pretrained(checkpoint), {name}", same(opened, one.model)
-        one.model.config.return_dict = False
         yield (
             f"Trainer: evaluate and predict, {name}",
             (len(losses(one, "eval_loss")) == 3 and one.predict(rows(kind)).predictions.shape[-1] in (23, 3)),
