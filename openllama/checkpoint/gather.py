@@ -68,7 +68,7 @@ def one_writer(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor] | No
             raise
         finally:
             dist.broadcast_object_list([None, ending])
-            dist.barrier()  # gloo aborts a process that leaves the group while another still reads
+            dist.barrier()  # none leaves the group while another still reads
 
 
 def _asked(name: str, tensor: Tensor) -> Tensor:
