@@ -1,7 +1,7 @@
 """A model on several processes: weights sharded by FSDP2 or split by tensor parallelism, and loaded as such.
 
     mesh = init_device_mesh("cuda", (world_size,))
-    model = load(folder, lambda model: shard(model, mesh=mesh))  # each process reads its own part of the files
+    model = load(OpenLlamaForCausalLM, folder, lambda model: shard(model, mesh=mesh))  # each process reads its part
     model.loss(ids, labels).backward()
     model.save_pretrained(folder)  # called by all, written by the first
 
@@ -28,7 +28,6 @@ from openllama.checkpoint.reader import open_checkpoint
 from openllama.config import OpenLlamaConfig
 from openllama.errors import InputError, KeyMismatchError
 from openllama.generation.config import GENERATION_CONFIG_FILE, GenerationConfig
-from openllama.interface import OpenLlamaForCausalLM
 from openllama.pretrained import PretrainedModel
 
 Model = TypeVar("Model", bound=PretrainedModel)
@@ -85,15 +84,15 @@ def tensor_parallel_plan(config: OpenLlamaConfig, processes: int) -> dict[str, P
 
 
 def load(
+    kind: type[Model],
     folder: str | PathLike[str],
-    distribute: Callable[[Any], object],
-    kind: type[Model] = OpenLlamaForCausalLM,  # type: ignore[assignment]
+    distribute: Callable[[Model], object],
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     attn_implementation: str | None = None,
     **config_overrides: Any,
 ) -> Model:
-    """The model stored in ``folder``, HF or native, of which each process reads and holds its part; in eval mode.
+    """The model (of class ``kind``) in ``folder``, of which each process reads and holds its part; in eval mode.
 
     ``distribute`` is called with a model without numbers (on the meta device), and calls ``shard``,
     ``tensor_parallel``, or both. ``dtype``: None keeps the files' own. ``device`` holds the weights: None

@@ -258,7 +258,7 @@ def training_and_generating_with_both_at_once_gives_the_numbers_of_one_process(f
     tiny_model(**NO_DROPOUT).save_pretrained(one)
     expected = tiny_model(**NO_DROPOUT).train()
     expected.loss(IDS, IDS).backward()
-    for model in (both(tiny_model(**NO_DROPOUT)), load(one, both, attn_implementation="eager")):
+    for model in (both(tiny_model(**NO_DROPOUT)), load(OpenLlamaForCausalLM, one, both, attn_implementation="eager")):
         model.train().loss(IDS, IDS).backward()
         assert_same_gradients(model, expected, atol=2e-6)
         model.eval().set_attn_implementation("sdpa")
@@ -366,12 +366,17 @@ def loading_into_parts_gives_the_model_that_was_saved(folder: Path) -> None:
             model.save_pretrained(one)
             expected = kind.from_pretrained(one, attn_implementation="eager")
             for spread in (shard, lambda model: tensor_parallel(model, mesh())):
-                found = load(one, spread, kind, attn_implementation="eager")
+                found = load(kind, one, spread, attn_implementation="eager")
                 assert not found.training
                 for name, tensor in expected.state_dict().items():
                     assert torch.equal(whole(found.state_dict()[name]), tensor), name
                 torch.testing.assert_close(found(IDS)[0], expected(IDS)[0], rtol=0, atol=0 if spread is shard else 2e-6)
-    half = load(one.with_name(one.name.replace("SequenceClassification", "CausalLM")), shard, dtype="bfloat16")
+    half = load(
+        OpenLlamaForCausalLM,
+        one.with_name(one.name.replace("SequenceClassification", "CausalLM")),
+        shard,
+        dtype="bfloat16",
+    )
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
@@ -381,7 +386,7 @@ def a_loaded_model_trains(folder: Path) -> None:
         expected, losses = trained("loss", **fields)
         one = folder / f"trains-{number}-{dist.get_rank()}"
         tiny_model(**NO_DROPOUT, **fields).save_pretrained(one)
-        model = load(one, shard, attn_implementation="eager").train()
+        model = load(OpenLlamaForCausalLM, one, shard, attn_implementation="eager").train()
         loss = model.loss(mine(IDS), mine(IDS))
         loss.backward()
         assert torch.equal(loss, losses[dist.get_rank()])
@@ -393,7 +398,7 @@ def a_classifier_without_trained_classes_cannot_be_loaded_into_parts(folder: Pat
     one = folder / f"no-score-{dist.get_rank()}"
     tiny_model().save_pretrained(one)
     with pytest.raises(KeyMismatchError, match=r"has no score\.weight"):
-        load(one, shard, OpenLlamaForSequenceClassification)
+        load(OpenLlamaForSequenceClassification, one, shard)
 
 
 @check
@@ -408,7 +413,7 @@ def loading_into_parts_takes_the_memory_of_a_part(folder: Path) -> None:
     kept = []  # freed memory would be used again
     for spread in (shard, lambda model: tensor_parallel(model, mesh())):
         before = anonymous()
-        kept.append(load(big, spread))
+        kept.append(load(OpenLlamaForCausalLM, big, spread))
         share = (anonymous() - before) / (big / "model.safetensors").stat().st_size
         assert 0.45 < share < 0.6, share
 

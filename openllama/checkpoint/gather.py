@@ -68,6 +68,7 @@ def one_writer(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor] | No
             raise
         finally:
             dist.broadcast_object_list([None, ending])
+            dist.barrier()  # none leaves the group while another still reads
 
 
 def _asked(name: str, tensor: Tensor) -> Tensor:
@@ -80,15 +81,14 @@ def _asked(name: str, tensor: Tensor) -> Tensor:
 
 def _lend(tensors: Mapping[str, Tensor]) -> None:
     """Take part in gathering until the first process has written."""
-    while True:
-        message: list[Any] = [None, None]
+    message: list[Any] = [None, None]  # the name of a weight, or the error that writing ended with
+    dist.broadcast_object_list(message)
+    while message[0] is not None:
+        _whole(tensors[message[0]])
         dist.broadcast_object_list(message)
-        name, error = message
-        if error is not None:
-            raise error
-        if name is None:
-            return
-        _whole(tensors[name])
+    dist.barrier()
+    if message[1] is not None:
+        raise message[1]
 
 
 def _sendable(error: BaseException) -> BaseException:
