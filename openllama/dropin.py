@@ -23,7 +23,7 @@ _LOCAL = Foreign("nothing is downloaded; `openllama convert ORG/NAME DST` downlo
 _ALWAYS = Foreign("give True or False; it is always so", (None, False, True))
 _UNQUANTISED = Foreign("weights are not quantised; dtype=torch.bfloat16 takes half the memory of float32")
 _ONE_DEVICE = Foreign("a model is loaded onto one device; give device, or device_map with one device")
-_PARALLEL = Foreign("openllama.parallel.load loads a model into parts")
+_PARALLEL = Foreign("openllama.parallel.load loads a model in parts")
 _UPLOAD = Foreign("nothing is uploaded; upload the folder with huggingface_hub")
 
 #: of ``from_pretrained``
