@@ -211,7 +211,7 @@ class OpenLlamaForCausalLM(PretrainedModel, CausalLM):
         """
         tensors = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
         inputs = self.model.checked(*tensors, use_cache, output_attentions, output_hidden_states)
-        self._check_labels(inputs.tokens, labels, logits_to_keep)
+        self._check_call(inputs.tokens, labels, logits_to_keep)
         logits, body = CausalLM.forward(self, inputs, logits_to_keep)
         loss = None if labels is None else causal_lm_loss(logits, labels)
         output = CausalLMOutput(loss, logits, body.past_key_values, body.hidden_states, body.attentions)
@@ -231,7 +231,7 @@ class OpenLlamaForCausalLM(PretrainedModel, CausalLM):
         check_tensor("labels", labels)
         given = arguments.get("inputs_embeds") if input_ids is None else input_ids
         if isinstance(given, Tensor):
-            self._check_labels(given, labels, 0)
+            self._check_call(given, labels, 0)
         hidden = self.model(input_ids, **{"use_cache": False, **arguments, "return_dict": True}).last_hidden_state
         is_matrix = type(self.lm_head) in (nn.Linear, SharedHead) and getattr(self.lm_head, "bias", None) is None
         if not is_matrix or is_spread(self.lm_head.weight):
@@ -283,7 +283,7 @@ class OpenLlamaForCausalLM(PretrainedModel, CausalLM):
     prepare_inputs_for_generation = prepare_inputs_for_generation  # a method, which adapters replace
     compute_transition_scores = staticmethod(compute_transition_scores)
 
-    def _check_labels(self, tokens: Tensor, labels: Tensor | None, logits_to_keep: int) -> None:
+    def _check_call(self, tokens: Tensor, labels: Tensor | None, logits_to_keep: int) -> None:
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
             raise InputError(f"logits_to_keep must be a number of positions, 0 or more, got {logits_to_keep!r}")
         if isinstance(self.lm_head, SharedHead) and is_spread(self.model.embedding.tokens.weight):
