@@ -43,7 +43,8 @@ def eager_attention(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropo
 
 def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropout: float) -> tuple[Tensor, None]:
     """The same through torch's fused kernel, which never holds the weights."""
-    attend = partial(F.scaled_dot_product_attention, query, key, value, mask.tensor, dropout, mask.causal)
+    sdpa = F.scaled_dot_product_attention
+    attend = partial(sdpa, query, key, value, attn_mask=mask.tensor, dropout_p=dropout, is_causal=mask.causal)
     try:
         return attend(), None
     except NotImplementedError:  # the fused kernel has no forward-mode derivative
