@@ -13,7 +13,7 @@ import importlib.util
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -99,8 +99,19 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attend with one of ``BACKENDS``, of which eager alone returns weights, or with a registered one."""
     if backend in _REGISTERED:
-        return _REGISTERED[backend](query, key, value, mask, dropout, layer)
+        return _checked(_REGISTERED[backend](query, key, value, mask, dropout, layer), query, backend)
     return _FUNCTIONS[backend](query, key, value, mask, dropout)
+
+
+def _checked(result: Any, query: Tensor, backend: str) -> tuple[Tensor, Tensor | None]:
+    """What a registered function returned, if it is an output of the query's shape and weights or None."""
+    if not (isinstance(result, tuple) and len(result) == 2 and getattr(result[0], "shape", None) == query.shape):
+        found = tuple(getattr(part, "shape", part) for part in result) if isinstance(result, tuple) else type(result)
+        raise BackendError(
+            f"backend {backend!r} must return a pair: an output {tuple(query.shape)}, as the query (B, H, T, D), and "
+            f"weights or None; got {found}"
+        )
+    return result
 
 
 def backend_with_weights(name: str) -> str:

@@ -139,6 +139,19 @@ class PreallocatedCache:
         return self
 
 
+class Appended:
+    """A cache for one layer that tells afterwards what was appended, should a hook have dropped it."""
+
+    def __init__(self, cache: GrowingCache | PreallocatedCache) -> None:
+        self.cache = cache
+        self.key_value: KeyValue | None = None
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> KeyValue:
+        """All keys and values of the layer."""
+        self.key_value = self.cache.append(layer, key, value)
+        return self.key_value
+
+
 def _check_length(length: int) -> None:
     if length < 0:
         raise InputError(f"a cache cannot be cropped to {length} tokens")

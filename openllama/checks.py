@@ -6,7 +6,7 @@ device. On a GPU each check of values waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -97,6 +97,8 @@ def is_integer(tensor: Tensor) -> bool:
 
 
 def check_tensor(name: str, value: object) -> None:
+    if isinstance(value, Mapping):
+        raise InputError(f"{name} must be a tensor, got {type(value).__name__}; put ** in front of it")
     if not isinstance(value, Tensor):
         raise InputError(f"{name} must be a tensor, got {type(value).__name__}; use torch.tensor(...)")
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from openllama import generation
 from openllama.attention import backend_with_weights
-from openllama.cache import Cache, KeyValue
+from openllama.cache import Appended, Cache, KeyValue
 from openllama.checkpoint.gather import is_spread
 from openllama.checks import check_classification_labels, check_labels, check_tensor, checked_inputs, values_of
 from openllama.config import OpenLlamaConfig
@@ -25,7 +25,7 @@ from openllama.generation import GenerateOutput, GenerationConfig
 from openllama.generation.outputs import Streamer, compute_transition_scores
 from openllama.generation.state import prepare_inputs_for_generation
 from openllama.losses import causal_lm_loss, chunked_causal_lm_loss, classification_loss
-from openllama.model import CausalLM, Decoder, Inputs, SharedHead, init_weights
+from openllama.model import CausalLM, Context, Decoder, Inputs, SharedHead, init_weights
 from openllama.outputs import BaseModelOutput, CausalLMOutput, SequenceClassifierOutput
 from openllama.pretrained import PretrainedModel, register_with_fsdp, warn_of_unmatched_adapter
 
@@ -92,26 +92,28 @@ class OpenLlamaModel(PretrainedModel, Decoder):
         inputs = self.checked(*tensors, use_cache, output_attentions, output_hidden_states)
         output = BaseModelOutput(*Decoder.forward(self, inputs))
         if any(weights is None for weights in output.attentions or ()):
-            raise BackendError(f"attn_implementation {inputs.backend!r} returns no attention weights; use 'eager'")
+            raise BackendError(
+                f"a layer gave no attention weights: attn_implementation {inputs.backend!r} has none ('eager' does) or "
+                "a hook on the layer returned the vectors alone"
+            )
         return output if self._wants_dict(input_ids, return_dict) else output.to_tuple()
 
     if TYPE_CHECKING:
         __call__ = forward  # nn.Module has Any
 
-    def _run_layer(self, layer: nn.Module, *arguments: Any) -> tuple[Tensor, Tensor | None, KeyValue]:
+    def _run_layer(
+        self, layer: nn.Module, x: Tensor, number: int, context: Context
+    ) -> tuple[Tensor, Tensor | None, KeyValue]:
         """One layer, computed again in the backward pass where that is on; hooks may return the vectors alone."""
         run: Callable[..., Any] = layer
         if self.gradient_checkpointing and self.training:
             run = partial(checkpoint, layer, **self.checkpoint_arguments)
-        if not layer._forward_hooks or torch.compiler.is_compiling():
-            return run(*arguments)
-        outputs: list[Any] = []
-        first = layer.register_forward_hook(lambda module, given, output: outputs.append(output), prepend=True)
-        try:
-            output = run(*arguments)
-        finally:
-            first.remove()
-        return (output, *outputs[0][1:]) if isinstance(output, Tensor) else output
+        if not layer._forward_hooks:
+            return run(x, number, context)
+        appended: Any = Appended(context.cache)
+        output = run(x, number, context._replace(cache=appended))
+        key_value, appended.key_value = appended.key_value, None  # not kept until the backward pass
+        return (output, None, key_value) if isinstance(output, Tensor) else output
 
     def checked(
         self,
@@ -234,9 +236,10 @@ class OpenLlamaForCausalLM(PretrainedModel, CausalLM):
             self._check_call(given, labels, 0)
         hidden = self.model(input_ids, **{"use_cache": False, **arguments, "return_dict": True}).last_hidden_state
         is_matrix = type(self.lm_head) in (nn.Linear, SharedHead) and getattr(self.lm_head, "bias", None) is None
-        if not is_matrix or is_spread(self.lm_head.weight):
+        weight = self.lm_head.weight if is_matrix else None  # once: an adapter computes it
+        if weight is None or is_spread(weight):
             return causal_lm_loss(self.lm_head(hidden), labels)
-        return chunked_causal_lm_loss(hidden, labels, self.lm_head.weight)
+        return chunked_causal_lm_loss(hidden, labels, weight)
 
     @overload
     def generate(
@@ -286,16 +289,27 @@ class OpenLlamaForCausalLM(PretrainedModel, CausalLM):
     def _check_call(self, tokens: Tensor, labels: Tensor | None, logits_to_keep: int) -> None:
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
             raise InputError(f"logits_to_keep must be a number of positions, 0 or more, got {logits_to_keep!r}")
-        if isinstance(self.lm_head, SharedHead) and is_spread(self.model.embedding.tokens.weight):
-            raise InputError(
-                "the embedding table is spread over processes apart from the head that shares it; shard the model as "
-                "a whole (openllama.parallel.shard), and leave the table out of a tensor-parallel plan"
-            )
+        if isinstance(self.lm_head, SharedHead):
+            self._check_table(tokens)
         if labels is None:
             return
         if logits_to_keep:
             raise InputError(f"a loss needs all logits; pass labels or logits_to_keep={logits_to_keep}, not both")
         check_labels(labels, tokens.shape[:2], self.config.vocab_size)
+
+    def _check_table(self, tokens: Tensor) -> None:
+        """Raise ``InputError`` where the embedding can use its table, and the head that shares it cannot."""
+        table = self.model.embedding.tokens.weight
+        if is_spread(table):
+            raise InputError(
+                "the embedding table is spread over processes apart from the head that shares it; shard the model as "
+                "a whole (openllama.parallel.shard), and leave the table out of a tensor-parallel plan"
+            )
+        if table.is_meta and not tokens.is_meta:
+            raise InputError(
+                "the embedding table is on the meta device, and the head that shares it has no numbers: offload layers "
+                "alone, and keep model.embedding on a device"
+            )
 
     def get_output_embeddings(self) -> nn.Linear | SharedHead:
         """``lm_head``: hidden states (B, T, C) -> logits (B, T, V)."""

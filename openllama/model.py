@@ -15,6 +15,7 @@ Shapes: B batch, T query length, S key length, H heads, D head dim, C hidden siz
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
@@ -215,7 +216,14 @@ class SharedHead(nn.Module):
         tokens = self.owner[0].model.embedding.tokens
         if type(tokens).forward is nn.Embedding.forward:
             return tokens.weight
-        return tokens(torch.arange(len(tokens.weight), device=tokens.weight.device))
+        return tokens.forward(torch.arange(len(tokens.weight), device=tokens.weight.device))  # without its hooks
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedHead:
+        """In a copy of the model this uses the copied table; a copy of the head alone uses the same table."""
+        head = memo[id(self)] = type(self).__new__(type(self))
+        owner = memo.get(id(self.owner[0]), self.owner[0])
+        vars(head).update(deepcopy({**vars(self), "owner": ()}, memo), owner=(owner,))
+        return head
 
     def forward(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.weight)

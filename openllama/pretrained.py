@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -42,6 +43,7 @@ Model = TypeVar("Model", bound="PretrainedModel")
 Device: TypeAlias = torch.device | str | int
 DeviceMap: TypeAlias = Device | Mapping[str, Device]  # a mapping of names of modules, as transformers has it
 SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
+WRAPPED = re.compile(r"lora_|base_layer|modules_to_save|parametrizations|_packed_params|weight_(orig|mask|[gv])$")
 SAVERS = ("torch", "accelerate")  # packages whose ``save`` writes what it is given
 
 
@@ -293,7 +295,9 @@ class PretrainedModel(nn.Module):
             raise InputError(f"save_pretrained does not know {listed(sorted(unknown))}")
         _check_save_function(save_function)
         is_main_process &= getattr(getattr(save_function, "__self__", None), "is_main_process", True)
-        weights = select(self.state_dict() if state_dict is None else unwrap(state_dict), self.config, self._head)
+        state_dict = self.state_dict() if state_dict is None else unwrap(state_dict)
+        self._check_savable(state_dict)
+        weights = select(state_dict, self.config, self._head)
         with one_writer(weights.tensors) as tensors:
             if tensors is None or not is_main_process:
                 return
@@ -306,6 +310,19 @@ class PretrainedModel(nn.Module):
                 write_weights(
                     unfinished, exported.tensors, max_shard_size=max_shard_size, file_format=exported.file_format
                 )
+
+    def _check_savable(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Raise ``InputError`` for modules in place of the model's own, which a folder cannot hold."""
+        if wrapped := [name for name in state_dict if WRAPPED.search(name)]:
+            raise InputError(
+                f"{len(wrapped)} weights, such as {wrapped[0]}, are of an adapter, a parametrization, pruning or "
+                "quantisation; merge or remove it before saving (peft: merge_and_unload), or save the adapter by itself"
+            )
+        if isinstance(getattr(self, "lm_head", None), nn.Linear) and self.config.shared_input_output_embedding:
+            raise InputError(
+                "lm_head has been replaced by a matrix of its own, but the config has shared_input_output_embedding; "
+                "to keep it, set model.config = dataclasses.replace(model.config, shared_input_output_embedding=False)"
+            )
 
     def _wants_dict(self, input_ids: Tensor | Inputs | None, return_dict: bool | None) -> bool:
         """Whether a forward pass returns an output by names; else a tuple, except to those who gave ``Inputs``."""

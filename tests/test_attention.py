@@ -293,7 +293,7 @@ def test_a_registered_function_also_computes_the_passes_that_return_attentions(o
     torch.testing.assert_close(found, tiny_model()(tiny_ids(), output_attentions=True).attentions)
     register_backend("own", lambda query, key, value, mask, dropout, layer: (query, None))
     model(tiny_ids())
-    with pytest.raises(BackendError, match="'own' returns no attention weights; use 'eager'"):
+    with pytest.raises(BackendError, match=r"'own' returns none \('eager' does\)"):
         model(tiny_ids(), output_attentions=True)
 
 
@@ -303,3 +303,13 @@ def test_what_cannot_be_a_backend_is_refused(own_backend: list[int], name: str, 
         register_backend(name, function)
     with pytest.raises(BackendError, match="'mine' is unknown; choose one of eager, sdpa, xformers, own"):
         tiny_model(attn_implementation="mine")
+
+
+@pytest.mark.parametrize("wrong", ["transposed", "alone"])
+def test_a_registered_function_must_return_a_pair_in_the_layout_of_the_query(
+    own_backend: list[int], wrong: str
+) -> None:
+    register_backend("own", lambda q, k, v, mask, dropout, layer: q if wrong == "alone" else (q.transpose(1, 2), None))
+    model = tiny_model(attn_implementation="own")
+    with pytest.raises(BackendError, match=r"'own' must return a pair: an output \(2, 2, 7, 12\)"):
+        model(tiny_ids())

@@ -199,3 +199,21 @@ def test_transition_scores_of_what_is_no_output_are_refused():
     ):
         with pytest.raises(InputError, match="are not of one output of generate"):
             model.compute_transition_scores(sequences, scores, indices)
+
+
+# ---------------------------------------------------------------------- calls that would score something else
+
+
+def test_a_tensor_with_padding_is_refused_and_lists_are_taken_as_they_are():
+    model = make_model(pad_token_id=3)
+    for row in ([[5, 9, 3], [7, 21, 4]], [[5, 9, 8], [3, 21, 4]]):
+        with pytest.raises(InputError, match=r"a sequence begins or ends with padding \(id 3\)"):
+            score(model, torch.tensor(row))
+        assert len(score(model, row)) == 2
+    assert len(score(make_model(pad_token_id=3, eos_token_id=3), torch.tensor([[5, 9, 3]]))) == 1
+
+
+def test_a_model_that_drops_out_is_warned_of():
+    model = make_model(hidden_dropout_prob=0.5).train()
+    with pytest.warns(UserWarning, match=r"in training mode, .* call model\.eval\(\)"):
+        score(model, TEXTS)

@@ -147,3 +147,9 @@ def test_stop_strings_that_cannot_be_meant_are_refused(model, tokenizer, stops):
         stream_text(model, tokenizer, "a", stops)
     with pytest.raises(InputError, match="stop_strings"):
         stop_at(tokenizer, stops, 0)
+
+
+def test_one_string_in_place_of_a_list_is_refused(model, tokenizer):
+    for function in (score_texts, embed_texts):
+        with pytest.raises(InputError, match="texts must be a list of strings, got the string 'abc'"):
+            function(model, tokenizer, "abc")

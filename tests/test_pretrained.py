@@ -448,3 +448,30 @@ def test_conveniences(cls: Any) -> None:
     assert model.base_model.attn_implementation == "eager"
     model.config = dataclasses.replace(TIED, use_cache=False)
     assert model.base_model.config.use_cache is False
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: torch.nn.utils.parametrizations.weight_norm(model.model.layers[0].mlp.up_proj),
+        lambda model: torch.nn.utils.prune.random_unstructured(model.model.layers[0].mlp.up_proj, "weight", 0.5),
+        lambda model: setattr(model.model.layers[0].mlp, "base_layer", torch.nn.Linear(2, 2)),
+    ],
+)
+def test_modules_in_place_of_the_models_own_are_refused_before_saving(tmp_path: Path, change: Any) -> None:
+    model = tiny_model()
+    change(model)
+    with pytest.raises(InputError, match=r"are of an adapter, a parametrization, .* merge or remove it before saving"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_head_that_the_config_does_not_know_of_is_not_dropped_in_silence(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.lm_head = torch.nn.Linear(24, 23, bias=False)
+    with pytest.raises(InputError, match="shared_input_output_embedding=False"):
+        model.save_pretrained(tmp_path)
+    model.config = dataclasses.replace(model.config, shared_input_output_embedding=False)
+    model.save_pretrained(tmp_path)
+    loaded = OpenLlamaForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert torch.equal(loaded(tiny_ids()).logits, model(tiny_ids()).logits)

@@ -524,3 +524,12 @@ def test_a_model_whose_pieces_are_not_utf_8_is_refused(tmp_path):
     write.write_bytes(content[: place + 1] + b"\xff" + content[place + 2 :])
     with pytest.raises(TokenizerError, match="is not a sentencepiece model"):
         OpenLlamaTokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("side", ["padding_side", "truncation_side"])
+def test_a_side_that_is_assigned_is_checked(side):
+    tokenizer = OpenLlamaTokenizer.from_pretrained(TINY_CHECKPOINT)
+    setattr(tokenizer, side, "left")
+    with pytest.raises(TokenizerError, match=f"{side} must be one of 'left', 'right', got 'lft'"):
+        setattr(tokenizer, side, "lft")
+    assert getattr(tokenizer, side) == "left"

@@ -19,7 +19,7 @@ from torch.func import functional_call, grad, jvp, vmap
 
 from openllama import OpenLlamaConfig, OpenLlamaForCausalLM, OpenLlamaForSequenceClassification, OpenLlamaModel
 from openllama.cache import GrowingCache, PreallocatedCache
-from openllama.errors import InputError
+from openllama.errors import BackendError, InputError
 from openllama.model import RMSNorm
 from openllama.outputs import CausalLMOutput
 from tests.draw import examples
@@ -287,7 +287,7 @@ def test_a_hook_on_a_projection_can_replace_what_it_gives() -> None:
     torch.testing.assert_close(model(tiny_ids()).logits, other(tiny_ids()).logits)
 
 
-@pytest.mark.parametrize("arguments", [{"use_cache": True}, {"use_cache": False}, {"output_attentions": True}])
+@pytest.mark.parametrize("arguments", [{"use_cache": True}, {"use_cache": False}, {"output_hidden_states": True}])
 def test_a_hook_on_a_layer_may_return_the_vectors_alone(arguments: dict[str, Any]) -> None:
     outputs = []
     for steer in (lambda output: output[0] + 1, lambda output: (output[0] + 1, *output[1:])):
@@ -298,6 +298,24 @@ def test_a_hook_on_a_layer_may_return_the_vectors_alone(arguments: dict[str, Any
         assert len(model.model.layers[0]._forward_hooks) == 1
     torch.testing.assert_close(*outputs)
     assert not torch.equal(outputs[0][0], tiny_model(attn_implementation="sdpa")(tiny_ids()).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [2, 3])
+def test_a_hook_on_a_layer_may_return_the_vectors_alone_in_one_graph(batch: int) -> None:
+    model = tiny_model(attn_implementation="sdpa")
+    plain = model(tiny_ids(batch)).logits
+    model.model.layers[0].register_forward_hook(lambda module, args, output: output[0] + 1)
+    found = torch.compile(model, backend="eager", fullgraph=True)(tiny_ids(batch))
+    torch.testing.assert_close(found.to_tuple(), model(tiny_ids(batch)).to_tuple())
+    assert not torch.allclose(found.logits, plain)
+
+
+def test_attention_weights_that_a_hook_has_dropped_are_missed() -> None:
+    model = tiny_model()
+    model.model.layers[0].register_forward_hook(lambda module, args, output: output[0])
+    with pytest.raises(BackendError, match="a hook on the layer returned the vectors alone"):
+        model(tiny_ids(), output_attentions=True)
 
 
 def test_a_hook_on_a_layer_may_return_the_vectors_alone_while_layers_are_computed_again() -> None:
@@ -356,6 +374,48 @@ def test_an_adapter_on_the_shared_table_acts_on_the_projection_too(fields: dict[
     torch.testing.assert_close(after.logits, F.linear(after.hidden_states[-1], rows))
     assert not torch.allclose(after.logits, before, atol=1e-2)
     torch.testing.assert_close(adapted.merge_and_unload()(tiny_ids()).logits, after.logits)
+
+
+@pytest.mark.parametrize("fields", [{"target_modules": ["q_proj"]}, {"target_modules": ["q_proj", "tokens"]}], ids=str)
+def test_an_adapter_that_copies_a_shared_projection_leaves_it_shared(fields: dict[str, Any], tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed; it is part of the test extra where it can be")
+    model = tiny_model(**NO_DROPOUT)
+    saved = ["lm_head"] if "tokens" in fields["target_modules"] else ["lm_head", "tokens"]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, modules_to_save=saved, **fields)).train()
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(3):
+        adapted(input_ids=tiny_ids(), labels=tiny_ids(), use_cache=False).loss.backward()
+        optimizer.step()
+    after = adapted.eval()(input_ids=tiny_ids()).logits
+    adapted.merge_and_unload().save_pretrained(tmp_path)
+    torch.testing.assert_close(OpenLlamaForCausalLM.from_pretrained(tmp_path)(tiny_ids()).logits, after)
+
+
+def test_a_copied_model_has_a_projection_of_its_own_and_a_copied_projection_the_same_table() -> None:
+    model = tiny_model()
+    again, head = copy.deepcopy(model), copy.deepcopy(model.lm_head)
+    assert head.weight is model.lm_head.weight
+    again.get_input_embeddings().weight.data.zero_()
+    assert not again(tiny_ids()).logits.any()
+    assert model(tiny_ids()).logits.any()
+
+
+def test_hooks_on_an_adapted_table_see_the_ids_alone() -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed; it is part of the test extra where it can be")
+    model, seen = tiny_model(), []
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["tokens"], r=2))
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    adapted(input_ids=tiny_ids())
+    assert seen == [(2, 7, 24)]
+
+
+def test_a_shared_table_without_numbers_is_refused() -> None:
+    model = tiny_model()
+    numbers = model.get_input_embeddings().weight
+    model.get_input_embeddings().weight = nn.Parameter(numbers.to("meta"))  # as offloading leaves it
+    for call in (lambda: model(tiny_ids()), lambda: model.loss(tiny_ids(), tiny_ids())):
+        with pytest.raises(InputError, match=r"on the meta device, .*: offload layers alone"):
+            call()
 
 
 # --- embedding ---

@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from openllama.checks import check_input_ids
 from openllama.config import OpenLlamaConfig
 from openllama.errors import InputError, warn
+from openllama.generation.config import as_list
 from openllama.generation.state import LanguageModel
 from openllama.losses import CHUNK_LOGITS
 from openllama.model import Inputs
@@ -80,6 +81,9 @@ class Decoding(Protocol):
 
     @property
     def attn_implementation(self) -> str: ...
+
+    @property
+    def training(self) -> bool: ...
 
     def get_decoder(self) -> Callable[..., Any]: ...
 
@@ -152,6 +156,12 @@ def checked_rows(
             wanted = "a score needs two tokens or more" if at_least == 2 else "give one token or more"
             raise InputError(f"{name} {index} has shape {tuple(ids.shape)}; {wanted}, (length,)")
         check_input_ids(ids[None], model.config.vocab_size)
+    padding = model.config.pad_token_id
+    can_be_padded = isinstance(sequences, Tensor) and padding not in (None, *as_list(model.config.eos_token_id))
+    if can_be_padded and any(padding in (int(ids[0]), int(ids[-1])) for ids in rows):
+        raise InputError(
+            f"a {name} begins or ends with padding (id {padding}), which would count as text; give lists without it"
+        )
     return [ids.long() for ids in rows]
 
 
@@ -169,6 +179,9 @@ def hidden_states(model: Decoding, rows: Sequence[Tensor], batch_size: int) -> I
     """Last hidden states (length, C) of the rows, in batches of like length, each with the indices of its rows."""
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    config = model.config
+    if model.training and (config.hidden_dropout_prob or config.attention_dropout_prob):
+        warn("the model is in training mode, so dropout changes what it computes here; call model.eval() before")
     if model.config.rope_scaling is not None and model.config.rope_scaling["type"] == "dynamic":
         batch_size = 1  # padding would count as length, which sets the rotation
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))

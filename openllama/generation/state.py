@@ -46,6 +46,9 @@ class LanguageModel(Protocol):
     def attn_implementation(self) -> str: ...
 
     @property
+    def training(self) -> bool: ...
+
+    @property
     def forward(self) -> Callable[..., Any]: ...
 
     @property

@@ -93,7 +93,7 @@ def score_texts(
         [book] = score_texts(model, tokenizer, [text], stride=model.config.max_position_embeddings // 2)
         print(book.perplexity)
     """
-    return score(model, tokenizer([*texts]).input_ids, batch_size, stride) if texts else []
+    return score(model, _encoded(tokenizer, texts), batch_size, stride)
 
 
 def score_text_continuations(
@@ -140,7 +140,13 @@ def embed_texts(
         query, *others = embed_texts(model, tokenizer, ["sweet sorrow", "Parting is such sweet sorrow", "A horse!"])
         print([torch.cosine_similarity(query, other, dim=0).item() for other in others])
     """
-    return embed_sequences(model, tokenizer([*texts]).input_ids if texts else [], pooling, batch_size)
+    return embed_sequences(model, _encoded(tokenizer, texts), pooling, batch_size)
+
+
+def _encoded(tokenizer: OpenLlamaTokenizer, texts: Sequence[str]) -> list[list[int]]:
+    if isinstance(texts, str):
+        raise InputError(f"texts must be a list of strings, got the string {texts[:20]!r}; put it into a list")
+    return tokenizer([*texts]).input_ids if texts else []
 
 
 def _held(text: str, stop_strings: Sequence[str]) -> int:

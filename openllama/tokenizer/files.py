@@ -67,7 +67,10 @@ def load_model(path: Path, options: Mapping[str, Any]) -> tuple[Any, bytes]:
 def read_folder(folder: Path) -> dict[str, Any]:
     """Read the JSON files of a folder; returns arguments of ``OpenLlamaTokenizer``."""
     if not (folder / MODEL_FILE).is_file():
-        raise TokenizerError(f"{folder / MODEL_FILE}: no such file; a tokenizer folder needs a sentencepiece model")
+        raise TokenizerError(
+            f"{folder / MODEL_FILE}: no such file; a tokenizer folder needs a sentencepiece model. `openllama convert "
+            "ORG/NAME DST` downloads one from the Hugging Face hub"
+        )
     config = _read_json(folder / CONFIG_FILE)
     arguments = {key: config.pop(key) for key in (*SETTINGS, *ROLES) if key in config}
     if (folder / TEMPLATE_FILE).exists():

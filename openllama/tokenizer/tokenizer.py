@@ -71,8 +71,7 @@ class OpenLlamaTokenizer(Splitter):
         sp, self._model_bytes = files.load_model(Path(vocab_file), self.sp_model_kwargs)
         self.add_bos_token, self.add_eos_token = bool(add_bos_token), bool(add_eos_token)
         self.clean_up_tokenization_spaces, self.legacy = bool(clean_up_tokenization_spaces), bool(legacy)
-        self.padding_side = one_of("padding_side", padding_side, ("left", "right"))
-        self.truncation_side = one_of("truncation_side", truncation_side, ("left", "right"))
+        self.padding_side, self.truncation_side = padding_side, truncation_side
         self.model_max_length = NO_MAX_LENGTH if model_max_length is None else model_max_length
         self.extra = dict(extra or {})
         named = {"bos_token": bos_token, "eos_token": eos_token, "unk_token": unk_token, "pad_token": pad_token}
@@ -80,6 +79,24 @@ class OpenLlamaTokenizer(Splitter):
             token = token_of_model(sp, role) if token == "" else token
             named[role] = AddedToken(token) if isinstance(token, str) else token
         super().__init__(sp, {**named, **roles, **(special_tokens_map or {})}, added_tokens or {})
+
+    @property
+    def padding_side(self) -> str:
+        """Where padding goes: "left", as ``generate`` needs it, or "right"."""
+        return self._padding_side
+
+    @padding_side.setter
+    def padding_side(self, side: str) -> None:
+        self._padding_side = one_of("padding_side", side, ("left", "right"))
+
+    @property
+    def truncation_side(self) -> str:
+        """Where a text is cut: "left" or "right"."""
+        return self._truncation_side
+
+    @truncation_side.setter
+    def truncation_side(self, side: str) -> None:
+        self._truncation_side = one_of("truncation_side", side, ("left", "right"))
 
     @classmethod
     def from_pretrained(cls, folder: str | PathLike[str], **overrides: Any) -> OpenLlamaTokenizer:
