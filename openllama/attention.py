@@ -85,9 +85,9 @@ def register_backend(name: str, function: Attend) -> None:
     """Make ``function`` a backend: ``attn_implementation=name`` then computes attention with it.
 
     ``function(query, key, value, mask, dropout, layer)`` gets query (B, H, T, D), key and value (B, H, S, D), the
-    ``Mask`` as sdpa takes it, the dropout probability (0 outside of training) and the layer's number. It returns the
-    output (B, H, T, D), and the weights (B, H, T, S) or None. A name may be registered again, as in a notebook; those
-    of ``BACKENDS`` may not.
+    ``Mask`` as sdpa takes it (boolean, or additive if the caller's own 4-D mask is), the dropout probability (0
+    outside of training) and the layer's number. It returns the output (B, H, T, D), and the weights (B, H, T, S) or
+    None. A name may be registered again, as in a notebook; those of ``BACKENDS`` may not.
     """
     if name in BACKENDS or not callable(function):
         raise BackendError(f"register_backend needs a new name and a function, got {name!r} and {function!r}")

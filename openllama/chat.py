@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from openllama.cache import PreallocatedCache
-from openllama.errors import InputError
+from openllama.errors import InputError, warn
 from openllama.generation import GenerationConfig
 from openllama.generation.text import decoded, until
 from openllama.interface import OpenLlamaForCausalLM
@@ -48,6 +48,10 @@ class ChatSession:
         **settings: Any,
     ) -> None:
         self.model, self.tokenizer, self.template = model, tokenizer, template or ChatTemplate()
+        if template is None and tokenizer.chat_template != self.template.jinja():
+            warn(
+                "the tokenizer has a chat template of its own, which is not used; give a ChatTemplate (--template FILE)"
+            )
         self.context = model.config.max_position_embeddings
         self.max_new_tokens, self.settings = max_new_tokens, settings
         self._config: GenerationConfig = settings.get("generation_config") or model.generation_config

@@ -137,6 +137,11 @@ class Settings:
 
     def __setattr__(self, name: str, value: Any) -> None:
         known = {f.name: f.metadata for f in dataclasses.fields(self)}
+        if isinstance(found := getattr(type(self), name, None), property):
+            if found.fset is None:
+                raise dataclasses.FrozenInstanceError(f"{name} follows from the fields of a config")
+            found.fset(self, value)
+            return
         if name in (extra := self.__dict__.get("extra", {})):
             extra[name] = value
             return
@@ -370,9 +375,20 @@ class OpenLlamaConfig(Settings):
             int(number): name for number, name in (names.items() if isinstance(names, Mapping) else enumerate(names))
         }
 
+    @id2label.setter
+    def id2label(self, names: Mapping[int, str] | list[str]) -> None:
+        if not isinstance(names, (Mapping, list)) or len(names) != self.num_labels:
+            raise ConfigError(f"id2label must name the {self.num_labels} classes of num_labels, got {names!r}")
+        self.extra.pop("label2id", None)
+        self.extra["id2label"] = names
+
     @property
     def label2id(self) -> dict[str, int]:
         return {name: number for number, name in self.id2label.items()}
+
+    @label2id.setter
+    def label2id(self, numbers: Mapping[str, int]) -> None:
+        self.id2label = {number: name for name, number in numbers.items()}
 
     @property
     def name_or_path(self) -> str:
@@ -415,6 +431,7 @@ class OpenLlamaConfig(Settings):
         does a ``model_type`` other than "open-llama", "openllama-native" or a "llama" of the same architecture.
         """
         values = dict(values)
+        values |= {name: overrides.pop(name) for name in ("id2label", "label2id") if name in overrides}
         model_type = values.pop("model_type", MODEL_TYPE)
         if model_type == "llama":
             values = _from_llama(values)

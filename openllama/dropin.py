@@ -107,7 +107,7 @@ GENERATING: dict[str, Foreign] = {
     "token_type_ids": Foreign("the model has no types of tokens", (None,)),
     "position_ids": Foreign("positions follow from attention_mask", (None,)),
     "head_mask": Foreign("a hook on a layer's attention changes its heads", (None,)),
-    "stop_strings": Foreign("openllama.generation.text.stream_text(stop_strings=...) stops at strings"),
+    "stop_strings": Foreign("give openllama.generation.text.stop_at(tokenizer, strings, length) as stopping_criteria"),
     "tokenizer": Foreign("openllama.generation.text.stream_text takes a tokenizer", (None,)),
     "cache_implementation": Foreign("give past_key_values: a PreallocatedCache, or a GrowingCache"),
     "max_cache_len": Foreign("give past_key_values: a PreallocatedCache of that length"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -29,12 +30,21 @@ class ModelOutput(dict[str, Any]):  # trainers ask whether it is a dict
         return name in self.keys()
 
     def __setitem__(self, name: str, value: Any) -> None:
+        if name not in (known := [f.name for f in fields(self)]):
+            raise InputError(f"an output has no field {name!r}; it has {', '.join(known)}")
         setattr(self, name, value)
 
     def _refuse(self, *args: Any, **named: Any) -> Any:
         raise InputError("an output keeps its fields; dataclasses.replace(output, loss=None) gives a changed copy")
 
-    pop = popitem = setdefault = update = clear = __delitem__ = _refuse
+    pop = popitem = setdefault = update = clear = __delitem__ = __or__ = __ror__ = __ior__ = _refuse
+
+    def copy(self) -> Any:
+        """Another output of the same values."""
+        return dataclasses.replace(self)
+
+    def __reversed__(self) -> Iterator[str]:
+        return reversed(self.keys())
 
     def keys(self) -> list[str]:  # type: ignore[override]
         """Names of the fields that are set."""

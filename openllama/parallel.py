@@ -26,6 +26,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from openllama.checkpoint.names import LM_HEAD, PREFIX, SCORE, floating_dtype, select, without_numbers
 from openllama.checkpoint.reader import open_checkpoint
 from openllama.config import OpenLlamaConfig
+from openllama.dropin import LOADING, without_neutral
 from openllama.errors import InputError, KeyMismatchError
 from openllama.generation.config import GENERATION_CONFIG_FILE, GenerationConfig
 from openllama.pretrained import PretrainedModel
@@ -98,7 +99,7 @@ def load(
     ``tensor_parallel``, or both. ``dtype``: None keeps the files' own. ``device`` holds the weights: None
     for that of the mesh, "cpu" under FSDP2's ``CPUOffloadPolicy``. Raises ``CheckpointError`` or ``ConfigError``.
     """
-    checkpoint = open_checkpoint(folder, **config_overrides)
+    checkpoint = open_checkpoint(folder, **without_neutral("load", config_overrides, LOADING))
     with without_numbers():
         model = kind(checkpoint.config)
     weights = select(checkpoint.tensors, checkpoint.config, model._head)

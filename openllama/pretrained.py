@@ -17,7 +17,7 @@ from openllama.attention import check_backend
 from openllama.checkpoint.adapters import ADAPTER_PREFIX
 from openllama.checkpoint.export import export
 from openllama.checkpoint.folders import check_destination, finished_folder
-from openllama.checkpoint.gather import one_writer
+from openllama.checkpoint.gather import is_spread, one_writer
 from openllama.checkpoint.names import (
     EMBEDDING,
     LM_HEAD,
@@ -118,7 +118,7 @@ class PretrainedModel(nn.Module):
 
     @property
     def attn_implementation(self) -> str:
-        """The attention backend: "eager", "sdpa" or "xformers"."""
+        """The attention backend: "eager", "sdpa", "xformers" or one that ``register_backend`` made."""
         return self.base_model._attn_implementation
 
     def set_attn_implementation(self, name: str | None) -> None:
@@ -207,6 +207,8 @@ class PretrainedModel(nn.Module):
         if size == self.config.vocab_size:
             return self.get_input_embeddings()
         table, head = self.get_input_embeddings(), own_head(self)
+        if is_spread(table.weight):
+            raise InputError("the embedding table is spread over processes; resize the vocabulary before sharding")
         check_resizable(table, head, size)
         padding = dataclasses.replace(self.config, pad_token_id=self.config.padding_idx)  # a row, counted from 0
         check_special_ids(size, padding, getattr(self, "generation_config", None))
@@ -296,6 +298,8 @@ class PretrainedModel(nn.Module):
         _check_save_function(save_function)
         is_main_process &= getattr(getattr(save_function, "__self__", None), "is_main_process", True)
         state_dict = self.state_dict() if state_dict is None else unwrap(state_dict)
+        if not (is_main_process or any(map(is_spread, state_dict.values()))):
+            return
         self._check_savable(state_dict)
         weights = select(state_dict, self.config, self._head)
         with one_writer(weights.tensors) as tensors:

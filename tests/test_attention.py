@@ -293,7 +293,7 @@ def test_a_registered_function_also_computes_the_passes_that_return_attentions(o
     torch.testing.assert_close(found, tiny_model()(tiny_ids(), output_attentions=True).attentions)
     register_backend("own", lambda query, key, value, mask, dropout, layer: (query, None))
     model(tiny_ids())
-    with pytest.raises(BackendError, match=r"'own' returns none \('eager' does\)"):
+    with pytest.raises(BackendError, match=r"'own' has none \('eager' does\)"):
         model(tiny_ids(), output_attentions=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from openllama.tokenizer.template import DEFAULT_TEMPLATE
 from tests.checkpoints import tiny_config
 from tests.generating import count_forwards
 from tests.sentencepieces import trained
+from tests.tiny import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -178,3 +180,10 @@ def test_at_most_half_of_the_context_is_kept_free_for_an_answer(tokenizer):
     pieces.close()
     next(session.ask("And he?"))
     assert (session.dropped, len(session.turns)) == (0, 2)
+
+
+def test_a_template_of_the_tokenizer_that_is_not_used_is_warned_of(tokenizer: OpenLlamaTokenizer) -> None:
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = "{{ messages[0]['content'] }}"
+    with pytest.warns(UserWarning, match="chat template of its own, which is not used"):
+        ChatSession(tiny_model(vocab_size=len(own)), own)

@@ -416,3 +416,25 @@ def test_help_says_what_each_field_is(kind: type) -> None:
     for field in dataclasses.fields(kind):
         assert f"{field.name}: {field.metadata['about']}" in shown
         assert field.metadata["about"]
+
+
+def test_names_of_classes_are_given_and_assigned_as_in_transformers(tmp_path: Path) -> None:
+    names, numbers = {0: "bad", 1: "good", 2: "so"}, {"bad": 0, "good": 1, "so": 2}
+    tiny_config().save_pretrained(tmp_path)
+    given = OpenLlamaConfig.from_pretrained(tmp_path, num_labels=3, id2label=names, label2id=numbers)
+    assigned = tiny_config(num_labels=3)
+    assigned.id2label = names
+    by_number = tiny_config(num_labels=3)
+    by_number.label2id = numbers
+    for config in (given, assigned, by_number):
+        assert (config.num_labels, config.id2label, config.label2id) == (3, names, numbers)
+        config.save_pretrained(tmp_path)
+        assert OpenLlamaConfig.from_pretrained(tmp_path).id2label == names
+    with pytest.raises(ConfigError, match="id2label must name the 3 classes of num_labels"):
+        assigned.id2label = {0: "bad"}
+
+
+def test_what_follows_from_fields_is_not_assigned_even_where_the_file_has_it() -> None:
+    config = OpenLlamaConfig.from_dict({"head_dim": 7})
+    with pytest.raises(dataclasses.FrozenInstanceError, match="head_dim follows from the fields"):
+        config.head_dim = 9

@@ -290,3 +290,9 @@ def test_an_assistant_of_another_vocabulary_is_refused(model):
         model.generate(ONE, assistant_model=model, prompt_lookup_num_tokens=2)
     with pytest.raises(InputError, match="assistant_model serves"):
         model.generate(ONE, assistant_model=model, num_beams=2)
+
+
+def test_a_setting_of_a_file_that_is_not_done_is_warned_of(tmp_path):
+    (tmp_path / "generation_config.json").write_text('{"guidance_scale": 1.5, "token_healing": false}')
+    with pytest.warns(UserWarning, match=r"asks for what is not done: .*guidance_scale=1\.5"):
+        GenerationConfig.from_pretrained(tmp_path)

@@ -217,3 +217,11 @@ def test_a_model_that_drops_out_is_warned_of():
     model = make_model(hidden_dropout_prob=0.5).train()
     with pytest.warns(UserWarning, match=r"in training mode, .* call model\.eval\(\)"):
         score(model, TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [((["ab"],), "must be lists of ids"), (([[1, 2]], 1.5), "batch_size must be an integer")]
+)
+def test_arguments_of_another_type_are_refused(model, arguments, message):
+    with pytest.raises(InputError, match=message):
+        score(model, *arguments)

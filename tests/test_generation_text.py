@@ -153,3 +153,14 @@ def test_one_string_in_place_of_a_list_is_refused(model, tokenizer):
     for function in (score_texts, embed_texts):
         with pytest.raises(InputError, match="texts must be a list of strings, got the string 'abc'"):
             function(model, tokenizer, "abc")
+
+
+def test_a_stop_string_may_begin_with_the_space_that_a_tokenizer_puts_in_front(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(model_bytes("v1-like"))  # it puts a space in front of every text
+    spaced = OpenLlamaTokenizer.from_pretrained(tmp_path)
+    prompt, new = spaced.encode("to"), spaced.encode("to be")
+    assert spaced.decode(new[len(prompt) :]) == "be"
+    assert spaced.decode(new, skip_special_tokens=True) == "to be"
+    ended = stop_at(spaced, [" be"], len(prompt))
+    assert ended(torch.tensor([new]), torch.zeros(1, 1)).tolist() == [True]
+    assert ended(torch.tensor([prompt]), torch.zeros(1, 1)).tolist() == [False]

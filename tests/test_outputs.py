@@ -101,3 +101,16 @@ def test_an_output_is_a_dict_for_those_who_ask_and_is_made_again_from_its_items(
 def test_the_fields_of_an_output_cannot_be_taken_away(name: str) -> None:
     with pytest.raises(InputError, match=r"keeps its fields; dataclasses\.replace"):
         getattr(tiny_model()(tiny_ids()), name)("logits")
+
+
+def test_what_a_dict_does_does_not_lose_the_fields() -> None:
+    out = tiny_model()(tiny_ids())
+    again = out.copy()
+    assert again is not out
+    assert again.logits is out.logits
+    assert list(reversed(out)) == ["past_key_values", "logits"]
+    for operation in (lambda: out | {"loss": 1}, lambda: {"loss": 1} | out):
+        with pytest.raises(InputError, match="keeps its fields"):
+            operation()
+    with pytest.raises(InputError, match="an output has no field 'score'; it has loss, logits"):
+        out["score"] = 1

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from safetensors.torch import load_file, load_model, save_model
 
 from openllama import OpenLlamaConfig, OpenLlamaForCausalLM, OpenLlamaForSequenceClassification, OpenLlamaModel
@@ -33,6 +34,7 @@ from tests.checkpoints import (
     write_checkpoint,
     write_file,
 )
+from tests.tiny import tiny_ids, tiny_model
 
 MODELS = (OpenLlamaModel, OpenLlamaForCausalLM, OpenLlamaForSequenceClassification)
 CONFIG = tiny_config()
@@ -475,3 +477,8 @@ def test_a_head_that_the_config_does_not_know_of_is_not_dropped_in_silence(tmp_p
     model.save_pretrained(tmp_path)
     loaded = OpenLlamaForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     assert torch.equal(loaded(tiny_ids()).logits, model(tiny_ids()).logits)
+
+
+def test_a_process_that_does_not_write_needs_no_weights(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "saved", is_main_process=False, state_dict={})
+    assert not (tmp_path / "saved").exists()

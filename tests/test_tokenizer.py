@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -533,3 +534,32 @@ def test_a_side_that_is_assigned_is_checked(side):
     with pytest.raises(TokenizerError, match=f"{side} must be one of 'left', 'right', got 'lft'"):
         setattr(tokenizer, side, "lft")
     assert getattr(tokenizer, side) == "left"
+
+
+@pytest.mark.parametrize("content", ["system", "s", "", "user:Hello"])
+def test_an_answer_that_is_continued_stays_open_whatever_it_says(content):
+    tokenizer = OpenLlamaTokenizer.from_pretrained(TINY_CHECKPOINT)
+    chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": content}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, continue_final_message=True)
+    assert text == f"user:Hello\nsystem:{content}"
+    with pytest.raises(TokenizerError, match="exclude each other"):
+        tokenizer.apply_chat_template(chat, continue_final_message=True, add_generation_prompt=True)
+    with pytest.raises(TokenizerError, match="needs a message"):
+        tokenizer.apply_chat_template([], continue_final_message=True)
+
+
+def test_a_template_that_is_not_utf_8_is_refused(tmp_path):
+    shutil.copy(TINY_CHECKPOINT / "tokenizer.model", tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"user\xff")
+    with pytest.raises(TokenizerError, match=r"chat_template\.jinja is not UTF-8"):
+        OpenLlamaTokenizer.from_pretrained(tmp_path)
+
+
+def test_a_tokenizer_that_cannot_be_written_leaves_the_folder_as_it_was(tmp_path):
+    tokenizer = OpenLlamaTokenizer.from_pretrained(TINY_CHECKPOINT)
+    tokenizer.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    tokenizer.extra["key"] = object()
+    with pytest.raises(TypeError):
+        tokenizer.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -28,7 +28,6 @@ verify_module = importlib.import_module("openllama.checkpoint.verify")
     ("hidden_act", "relu"),
     ("num_attention_heads", 4),
     ("rope_scaling", {"type": "linear", "factor": 2.0}),
-    ("max_position_embeddings", 7),
     ("pad_token_id", 3),
     ("eos_token_id", [2, 3]),
 ])  # fmt: skip
@@ -42,9 +41,18 @@ def test_equal_weights_with_other_settings_are_not_equal(tmp_path: Path, field: 
         verify(tmp_path / "b", tmp_path / "a")
 
 
+def test_under_dynamic_scaling_the_trained_length_is_such_a_setting(tmp_path: Path) -> None:
+    dynamic = replace(CONFIG, rope_scaling={"type": "dynamic", "factor": 2.0})
+    for name, config in (("a", dynamic), ("b", replace(dynamic, max_position_embeddings=7))):
+        write_checkpoint(tmp_path / name, native_weights(CONFIG), config)
+    assert "other settings: max_position_embeddings" in str(diff(tmp_path / "a", tmp_path / "b"))
+
+
 @pytest.mark.parametrize("fields", [
     {"hidden_act": "swish"},
     {"pad_token_id": -13},
+    {"eos_token_id": [2]},
+    {"max_position_embeddings": 7},
     {"shared_input_output_embedding": False, "tie_word_embeddings": True},
     {"use_cache": False, "hidden_dropout_prob": 0.0, "initializer_range": 1.0, "num_labels": 5},
     {"extra": {"transformers_version": "4.31.0"}},

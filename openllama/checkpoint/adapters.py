@@ -27,7 +27,7 @@ from openllama.checkpoint.files import open_file
 from openllama.checkpoint.folders import check_places, copy_small, finished_folder
 from openllama.checkpoint.names import HF_TO_NATIVE, PREFIX, Layout, floating_dtype
 from openllama.checkpoint.pieces import is_copy
-from openllama.config import read_json, write_json
+from openllama.config import CONFIG_FILE, read_json, write_json
 from openllama.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -67,7 +67,7 @@ DIGITS = re.compile(r"\\d|\[[\d-]+\]")
 
 def is_adapter(path: Path) -> bool:
     """Whether ``path`` is a folder of an adapter without a model beside it."""
-    return (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file()
+    return (path / ADAPTER_CONFIG).is_file() and not (path / CONFIG_FILE).is_file()
 
 
 def convert_adapter(

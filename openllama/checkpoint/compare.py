@@ -148,11 +148,14 @@ def differing_settings(a: OpenLlamaConfig, b: OpenLlamaConfig) -> list[str]:
 
 def _computed_with(config: OpenLlamaConfig) -> dict[str, object]:
     """The fields of a config but for ``PREFERENCES``; one value for what can be said in two ways."""
+    is_dynamic = config.rope_scaling is not None and config.rope_scaling["type"] == "dynamic"
     is_tied = config.shared_input_output_embedding or config.tie_word_embeddings
     return {
         **{name: getattr(config, name) for name in config.field_names() if name not in PREFERENCES},
         "hidden_act": ACTIVATIONS[config.hidden_act],
         "pad_token_id": config.padding_idx,
+        "eos_token_id": config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id],
+        "max_position_embeddings": config.max_position_embeddings if is_dynamic else None,
         "shared_input_output_embedding": is_tied,
         "tie_word_embeddings": is_tied,
     }

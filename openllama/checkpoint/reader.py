@@ -37,9 +37,8 @@ from openllama.errors import (
 
 SAFETENSORS_FILE, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE_FILE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-TRAINER_FILE = (
-    "trainer_state.json"  # in checkpoints of transformers' Trainer, which has no config.json of others' models
-)
+# In checkpoints of transformers' Trainer, which writes no config.json for a model that is not of its own classes.
+TRAINER_FILE = "trainer_state.json"
 SEARCHED = (SAFETENSORS_FILE, SAFETENSORS_INDEX, PICKLE_FILE, PICKLE_INDEX)  # first found wins, as in HF
 GGML_MAGIC = (b"GGUF", b"lmgg", b"fmgg", b"tjgg", b"algg")  # llama.cpp's formats, newest first
 ALIGNMENT = 64  # bytes; torch allocates tensors at multiples of it
@@ -92,8 +91,9 @@ def open_checkpoint(
             if is_last or _states(marker) == before:
                 raise
             continue
+        states = _states(checkpoint._read)  # before the second look: a file replaced later differs from them
         if _states(marker) == before:
-            return replace(checkpoint, states=_states(checkpoint._read))
+            return replace(checkpoint, states=states)
     raise CorruptCheckpointError(f"{folder} {REPLACED}")
 
 

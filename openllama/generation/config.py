@@ -25,7 +25,7 @@ from openllama.config import (
     write_json,
 )
 from openllama.dropin import GENERATING, without_neutral
-from openllama.errors import ConfigError, InputError, OpenLlamaError
+from openllama.errors import ConfigError, InputError, OpenLlamaError, warn
 
 GENERATION_CONFIG_FILE = "generation_config.json"
 
@@ -226,9 +226,14 @@ class GenerationConfig(Settings):
         path = Path(folder) / GENERATION_CONFIG_FILE
         values = read_json(path, ConfigError)
         try:
-            return cls.from_dict(values)
+            config = cls.from_dict(values)
         except InputError as error:
             raise ConfigError(f"{path}: {error}") from error
+        try:
+            without_neutral("generate", config.extra, GENERATING)
+        except InputError as error:
+            warn(f"{path} asks for what is not done: {error}")
+        return config
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
         """Write ``generation_config.json`` into ``folder``."""

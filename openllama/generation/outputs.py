@@ -53,9 +53,9 @@ def compute_transition_scores(
 ) -> Tensor:
     """What each generated token was scored, (B, new), from the output of a ``generate`` with ``output_scores=True``.
 
-    ``sequences`` (B, L + new), ``scores`` (rows, V) per new token, and of beams ``beam_indices`` (B, new) are those of
-    a ``GenerateOutput``. ``normalize_logits``: log-probabilities instead, over the whole vocabulary. Scores of beams
-    are sums of log-probabilities; where a sequence has ended, they are 0. Raises ``InputError``.
+    ``sequences`` (B, L + new), ``scores`` (rows, V) per new token, and of beams ``beam_indices`` (B, L + new) are
+    those of a ``GenerateOutput``. ``normalize_logits``: log-probabilities instead, over the whole vocabulary. Where a
+    sequence has ended, scores are 0. Raises ``InputError``.
     """
     if not isinstance(scores, (tuple, list)) or not scores or not all(isinstance(step, Tensor) for step in scores):
         raise InputError("scores are those of generate(return_dict_in_generate=True, output_scores=True), got none")

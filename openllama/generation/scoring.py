@@ -150,7 +150,12 @@ def checked_rows(
     model: Decoding, sequences: Sequence[Sequence[int] | Tensor], at_least: int, name: str = "sequence"
 ) -> list[Tensor]:
     """Sequences of ids as tensors (length,) on the model's device; raises ``InputError``."""
-    rows = [torch.as_tensor(ids, device=model.device) for ids in sequences]
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise InputError("a learned prompt would be left out; compute log-probabilities from model(...).logits")
+    try:
+        rows = [torch.as_tensor(ids, device=model.device) for ids in sequences]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name}s must be lists of ids: {error}") from error
     for index, ids in enumerate(rows):
         if ids.ndim != 1 or len(ids) < at_least:
             wanted = "a score needs two tokens or more" if at_least == 2 else "give one token or more"
@@ -177,8 +182,8 @@ def warn_if_long(model: Decoding, rows: Sequence[Tensor], advice: str) -> None:
 
 def hidden_states(model: Decoding, rows: Sequence[Tensor], batch_size: int) -> Iterator[tuple[list[int], list[Tensor]]]:
     """Last hidden states (length, C) of the rows, in batches of like length, each with the indices of its rows."""
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise InputError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
     config = model.config
     if model.training and (config.hidden_dropout_prob or config.attention_dropout_prob):
         warn("the model is in training mode, so dropout changes what it computes here; call model.eval() before")

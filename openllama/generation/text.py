@@ -73,7 +73,10 @@ def stop_at(tokenizer: OpenLlamaTokenizer, stop_strings: Sequence[str], prompt_l
     _check(stop_strings)
 
     def criterion(input_ids: Tensor, scores: Tensor) -> Tensor:
-        texts = tokenizer.batch_decode(input_ids[:, prompt_length:], skip_special_tokens=True)
+        # A continuation decoded alone would lose the space that it begins with.
+        whole = tokenizer.batch_decode(input_ids, skip_special_tokens=True)
+        prompts = tokenizer.batch_decode(input_ids[:, :prompt_length], skip_special_tokens=True)
+        texts = [text[len(prompt) :] for text, prompt in zip(whole, prompts, strict=True)]
         return input_ids.new_tensor([any(stop in text for stop in stop_strings) for text in texts]).bool()
 
     return criterion

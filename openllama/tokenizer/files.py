@@ -75,7 +75,10 @@ def read_folder(folder: Path) -> dict[str, Any]:
     arguments = {key: config.pop(key) for key in (*SETTINGS, *ROLES) if key in config}
     if (folder / TEMPLATE_FILE).exists():
         content = read_limited(folder / TEMPLATE_FILE, MAX_TEMPLATE, TokenizerError)
-        config["chat_template"] = content.decode(errors="replace")
+        try:
+            config["chat_template"] = content.decode()
+        except UnicodeDecodeError as error:
+            raise TokenizerError(f"{folder / TEMPLATE_FILE} is not UTF-8: {error}") from error
     return {
         **arguments,
         "special_tokens_map": _read_json(folder / SPECIAL_TOKENS_FILE),
@@ -86,16 +89,17 @@ def read_folder(folder: Path) -> dict[str, Any]:
 
 def write_folder(folder: Path, model: bytes, config: Any, special_tokens_map: Any, added_tokens: Any) -> None:
     """Write the model and the JSON files; a file without content is not written."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / TEMPLATE_FILE).unlink(missing_ok=True)
-    (folder / MODEL_FILE).write_bytes(model)
     contents = {CONFIG_FILE: config, SPECIAL_TOKENS_FILE: special_tokens_map, ADDED_TOKENS_FILE: added_tokens}
+    files = {MODEL_FILE: model}
     for name, content in contents.items():
-        if not content:
-            (folder / name).unlink(missing_ok=True)  # else the file of an earlier tokenizer would be read
-            continue
-        text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, default=dataclasses.asdict)
-        (folder / name).write_text(text + "\n", encoding="utf-8")
+        if content:
+            text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, default=dataclasses.asdict)
+            files[name] = f"{text}\n".encode()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, written in files.items():
+        (folder / name).write_bytes(written)
+    for name in {*contents, TEMPLATE_FILE} - files.keys():
+        (folder / name).unlink(missing_ok=True)  # else the file of an earlier tokenizer would be read
 
 
 def _read_json(path: Path) -> dict[str, Any]:

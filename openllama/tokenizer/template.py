@@ -14,6 +14,7 @@ from openllama.errors import InputError, TokenizerError
 if TYPE_CHECKING:
     from jinja2 import Template
 
+OPEN_END = "\ue000"  # marks the end of a message while it is rendered; no text has this character
 DEFAULT_TEMPLATE = "user:{prompt}\nsystem:{answer}</s>"
 
 
@@ -71,12 +72,15 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], **variables: An
         raise TokenizerError(f"the chat template: {error}") from error
 
 
-def up_to(text: str, message: str) -> str:
-    """A rendered conversation up to the end of the text of its last message."""
-    place = text.rfind(message.strip())
-    if place < 0:
+def render_open(template: str, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+    """The conversation up to the end of its last message, without what closes the turn."""
+    if not messages:
+        raise TokenizerError("continue_final_message needs a message")
+    *others, last = messages
+    text = render(template, [*others, {**last, "content": f"{last['content']}{OPEN_END}"}], **variables)
+    if OPEN_END not in text:
         raise TokenizerError("continue_final_message: the chat template does not show the last message as it is")
-    return text[: place + len(message.strip())]
+    return text.partition(OPEN_END)[0].rstrip()
 
 
 @lru_cache

@@ -26,7 +26,7 @@ from openllama.tokenizer.batches import (
     token_types,
 )
 from openllama.tokenizer.checks import checked_ids, checked_text, checked_texts, one_of, refuse
-from openllama.tokenizer.template import ChatTemplate, render, up_to
+from openllama.tokenizer.template import ChatTemplate, render, render_open
 from openllama.tokenizer.tokens import Splitter
 from openllama.tokenizer.vocabulary import LIST_ROLE, AddedToken, Token, token_of_model
 
@@ -319,19 +319,15 @@ class OpenLlamaTokenizer(Splitter):
             tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
             # 'user:Hello\\nsystem:'
         """
+        if continue_final_message and add_generation_prompt:
+            raise TokenizerError("continue_final_message and add_generation_prompt exclude each other; give one")
         several = bool(conversation) and not isinstance(conversation[0], Mapping)
         variables = {role: str(token) for role, token in self._special.items() if token and role != LIST_ROLE}
         texts = []
         for messages in conversation if several else [conversation]:
-            text = render(
-                chat_template or self.chat_template,
-                messages,
-                add_generation_prompt=add_generation_prompt,
-                **variables,
-            )
-            if continue_final_message:
-                text = up_to(text, messages[-1]["content"])
-            texts.append(text)
+            rendered = render_open if continue_final_message else render
+            template = chat_template or self.chat_template
+            texts.append(rendered(template, messages, add_generation_prompt=add_generation_prompt, **variables))
         if not tokenize:
             if given := [name for name, value in options.items() if value]:
                 raise TokenizerError(f"{', '.join(given)} shapes ids; leave it out, or tokenize=False")
