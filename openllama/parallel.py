@@ -28,7 +28,6 @@ from openllama.checkpoint.reader import open_checkpoint
 from openllama.config import OpenLlamaConfig
 from openllama.dropin import LOADING, without_neutral
 from openllama.errors import InputError, KeyMismatchError
-from openllama.generation.config import GENERATION_CONFIG_FILE, GenerationConfig
 from openllama.pretrained import PretrainedModel
 
 Model = TypeVar("Model", bound=PretrainedModel)
@@ -116,8 +115,7 @@ def load(
     sources = {name.removeprefix("" if hasattr(model, "model") else PREFIX): t for name, t in weights.tensors.items()}
     for name, parameter in model.named_parameters():
         _read(parameter, sources[name])
-    if hasattr(model, "generation_config") and (checkpoint.folder / GENERATION_CONFIG_FILE).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    model._read_generation_config(checkpoint.folder)
     return model.eval()
 
 

@@ -260,8 +260,7 @@ class PretrainedModel(nn.Module):
         model.load_state_dict(model._state(weights, dtype or weights.dtype, device), strict=True, assign=True)
         model.tie_weights()
         model.set_attn_implementation(attn_implementation)  # again, now that the device is known
-        if hasattr(model, "generation_config") and (checkpoint.folder / GENERATION_CONFIG_FILE).is_file():
-            model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+        model._read_generation_config(checkpoint.folder)
         model.name_or_path = str(folder)  # adapters keep it
         return model.eval()
 
@@ -314,6 +313,11 @@ class PretrainedModel(nn.Module):
                 write_weights(
                     unfinished, exported.tensors, max_shard_size=max_shard_size, file_format=exported.file_format
                 )
+
+    def _read_generation_config(self, folder: Path) -> None:
+        """Take the settings of generation from a folder that has some, in a model that generates."""
+        if hasattr(self, "generation_config") and (folder / GENERATION_CONFIG_FILE).is_file():
+            self.generation_config = GenerationConfig.from_pretrained(folder)
 
     def _check_savable(self, state_dict: Mapping[str, Tensor]) -> None:
         """Raise ``InputError`` for modules in place of the model's own, which a folder cannot hold."""

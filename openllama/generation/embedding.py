@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from openllama.errors import InputError
-from openllama.generation.scoring import Decoding, checked_rows, hidden_states, warn_if_long
+from openllama.generation.scoring import checked_rows, hidden_states, warn_if_long
+from openllama.generation.state import Decoding
 
 POOLINGS = ("mean", "last")
 

@@ -10,19 +10,18 @@ A sequence of 7 tokens with a context of 4 and ``stride=2`` is read in windows; 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from openllama.checks import check_input_ids
-from openllama.config import OpenLlamaConfig
 from openllama.errors import InputError, warn
 from openllama.generation.config import as_list
-from openllama.generation.state import LanguageModel
+from openllama.generation.state import Decoding, LanguageModel
 from openllama.losses import CHUNK_LOGITS
 from openllama.model import Inputs
 
@@ -65,27 +64,6 @@ class Window(NamedTuple):
     start: int
     end: int
     first: int  # first:end are scored
-
-
-class Decoding(Protocol):
-    """What reading sequences needs of a model; all three classes have it."""
-
-    @property
-    def config(self) -> OpenLlamaConfig: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    @property
-    def attn_implementation(self) -> str: ...
-
-    @property
-    def training(self) -> bool: ...
-
-    def get_decoder(self) -> Callable[..., Any]: ...
 
 
 @torch.no_grad()

@@ -28,10 +28,8 @@ from openllama.model import Inputs
 from openllama.outputs import CausalLMOutput
 
 
-class LanguageModel(Protocol):
-    """What generation needs of a model, as ``OpenLlamaForCausalLM`` has it."""
-
-    generation_config: GenerationConfig
+class Decoding(Protocol):
+    """What reading sequences needs of a model; all three classes have it."""
 
     @property
     def config(self) -> OpenLlamaConfig: ...
@@ -48,6 +46,15 @@ class LanguageModel(Protocol):
     @property
     def training(self) -> bool: ...
 
+    def get_decoder(self) -> Callable[..., Any]: ...
+
+
+class LanguageModel(Decoding, Protocol):
+    """What generation needs of a model, as ``OpenLlamaForCausalLM`` has it."""
+
+    @property
+    def generation_config(self) -> GenerationConfig: ...
+
     @property
     def forward(self) -> Callable[..., Any]: ...
 
@@ -57,12 +64,10 @@ class LanguageModel(Protocol):
     @property
     def prepare_inputs_for_generation(self) -> Callable[..., dict[str, Any]]: ...
 
-    def parameters(self) -> Iterable[Tensor]: ...
-
-    def get_decoder(self) -> Callable[..., Any]: ...
-
     @property
     def lm_head(self) -> Callable[[Tensor], Tensor]: ...
+
+    def parameters(self) -> Iterable[Tensor]: ...
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from torch import Tensor
 from openllama.errors import InputError
 from openllama.generation.embedding import embed_sequences
 from openllama.generation.loop import stream
-from openllama.generation.scoring import ContinuationScore, Decoding, Score, score, score_continuations
-from openllama.generation.state import LanguageModel
+from openllama.generation.scoring import ContinuationScore, Score, score, score_continuations
+from openllama.generation.state import Decoding, LanguageModel
 from openllama.generation.stopping import StoppingCriterion
 from openllama.tokenizer import OpenLlamaTokenizer, StreamDecoder
 
