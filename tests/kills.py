@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -112,7 +113,9 @@ class Case:
                 (self.target / name).write_bytes(content)
 
     def run(self) -> None:
-        convert(self.source, self.target, overwrite=True, **self.options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".* has no tokenizer.model")
+            convert(self.source, self.target, overwrite=True, **self.options)
 
     def check_after_kill(self) -> None:
         """What can be read is the old or the new one; one restoring makes it so; the next run finishes."""
