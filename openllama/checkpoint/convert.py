@@ -67,14 +67,7 @@ def convert(
     Raises ``CheckpointError`` or a subclass of it, ``ConfigError`` also for what the other program does not
     compute, ``TokenizerError`` for a tokenizer that it does not have, or ``OSError`` if the disk is full.
     """
-    if dtype == Q8_0 and to != "gguf":
-        raise InputError(f"dtype {Q8_0} is for gguf alone, not for {to}")
-    if to not in (*FORMS, "gguf"):
-        raise InputError(f"{to!r} is not one of {', '.join(FORMS)}, gguf")
-    if max_shard_size is not None:
-        parse_size(max_shard_size)
-        if to == "gguf":
-            raise InputError("gguf is one file: max_shard_size (--max-shard-size) is for folders")
+    _check_form(to, dtype, max_shard_size)
     cast_to = None if dtype == Q8_0 else floating_dtype(dtype)
     dst = Path(dst).expanduser()
     if to != "gguf" and not local_path(src).exists():
@@ -102,6 +95,18 @@ def convert(
         record = Record(to, dtype_after, _left_out(source, chosen, weights), warnings)  # warnings may still come
         with finished_folder(dst, REPLACED, overwrite, resume=True) as folder:
             _fill_folder(folder, source, exported, record, max_shard_size or SHARD_SIZE, progress)
+
+
+def _check_form(to: str, dtype: torch.dtype | str | None, max_shard_size: int | str | None) -> None:
+    """Raise ``InputError`` for an unknown form, and for what its files cannot have."""
+    if dtype == Q8_0 and to != "gguf":
+        raise InputError(f"dtype {Q8_0} is for gguf alone, not for {to}")
+    if to not in (*FORMS, "gguf"):
+        raise InputError(f"{to!r} is not one of {', '.join(FORMS)}, gguf")
+    if max_shard_size is not None:
+        parse_size(max_shard_size)
+        if to == "gguf":
+            raise InputError("gguf is one file: max_shard_size (--max-shard-size) is for folders")
 
 
 def _fill_folder(

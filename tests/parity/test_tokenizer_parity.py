@@ -163,6 +163,16 @@ def test_settings_vocabulary_and_special_tokens_are_the_same(pair: Pair) -> None
     assert ours.get_vocab() == hf.get_vocab()
 
 
+def draw_settings(data: st.DataObject, *tokenizers: Any) -> None:
+    """Give tokenizers the same drawn sides, and bos and eos or not."""
+    choices = dict.fromkeys(("padding_side", "truncation_side"), st.sampled_from(["left", "right"]))
+    choices |= dict.fromkeys(("add_bos_token", "add_eos_token"), st.booleans())
+    for name, values in choices.items():
+        value = data.draw(values, name)
+        for tokenizer in tokenizers:
+            setattr(tokenizer, name, value)
+
+
 @pytest.mark.filterwarnings("ignore:`max_length` is ignored")
 @pytest.mark.parametrize("model", ["v1-like", "llama-like", "tiny"])
 @settings(max_examples=EXAMPLES // 2)
@@ -172,12 +182,7 @@ def test_batches_are_padded_and_cut_the_same(
 ) -> None:
     hf, ours = both(variant_folder(tmp_path_factory.mktemp("batch"), model, "v1 convention"))
     assume(hf.pad_token is not None)
-    for name in ("padding_side", "truncation_side"):
-        side = data.draw(st.sampled_from(["left", "right"]), name)
-        setattr(hf, name, side), setattr(ours, name, side)
-    for name in ("add_bos_token", "add_eos_token"):
-        on = data.draw(st.booleans(), name)
-        setattr(hf, name, on), setattr(ours, name, on)
+    draw_settings(data, hf, ours)
     padding = data.draw(st.sampled_from([False, True, "longest", "max_length", "do_not_pad"]), "padding")
     options = {
         "padding": padding,
@@ -204,12 +209,7 @@ def test_pairs_and_their_masks_are_the_same(
     tmp_path_factory: pytest.TempPathFactory, model: str, data: st.DataObject
 ) -> None:
     hf, ours = both(variant_folder(tmp_path_factory.mktemp("pairs"), model, "v1 convention"))
-    for name in ("padding_side", "truncation_side"):
-        side = data.draw(st.sampled_from(["left", "right"]), name)
-        setattr(hf, name, side), setattr(ours, name, side)
-    for name in ("add_bos_token", "add_eos_token"):
-        on = data.draw(st.booleans(), name)
-        setattr(hf, name, on), setattr(ours, name, on)
+    draw_settings(data, hf, ours)
     flags = ("return_token_type_ids", "return_special_tokens_mask", "return_attention_mask", "add_special_tokens")
     options = {name: data.draw(st.booleans(), name) for name in flags}
     assume(options["add_special_tokens"] or not options["return_token_type_ids"])  # which HF refuses
