@@ -122,6 +122,16 @@ class PreallocatedCache:
         self._length = layers[0][0].shape[2]
         return self
 
+    @property
+    def storage(self) -> Sequence[KeyValue]:
+        """The whole memory of each layer, (B, H, max_length, D); who writes to it calls ``advance_by``."""
+        return self._layers
+
+    def advance_by(self, new: int) -> PreallocatedCache:
+        """Count ``new`` tokens that were written to ``storage``."""
+        self._length += new
+        return self
+
     def reorder(self, rows: Tensor) -> PreallocatedCache:
         """Row i becomes what row ``rows[i]`` was; in place unless the number of rows changes."""
         for layer, (key, value) in enumerate(self._layers):

@@ -1,0 +1,106 @@
+"""Builds ``kernels.cpp`` for the processor at hand with the system's compiler, once, and loads it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tqdm import tqdm
+
+from openllama.errors import BackendError
+from openllama.inference.structs import Model, Pass
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+COMPILERS = ("c++", "g++", "clang++")  # after $CXX
+# No -ffast-math: a library that is built with it rounds the subnormal numbers of the whole process to zero.
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-w", "-shared", "-fPIC", "-fopenmp")
+SECONDS = 120
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The loops, built at the first use on a machine (seconds) and then loaded from ``folder()``.
+
+    Raises ``BackendError`` where they cannot be built.
+    """
+    command = [*_compiler(), *FLAGS, *_tuned()]
+    key = "\0".join((*command, SOURCE.read_text(encoding="utf-8"), _version(command[0]), _processor()))
+    path = folder() / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    if not path.exists():
+        _build(command, path)
+    try:
+        loops = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BackendError(f"{path} cannot be loaded: {error}; remove it to build it again") from error
+    loops.openllama_room.restype = ctypes.c_int64
+    loops.openllama_room.argtypes = [ctypes.POINTER(Model), *[ctypes.c_int64] * 4]
+    loops.openllama_forward.restype = None
+    loops.openllama_forward.argtypes = [ctypes.POINTER(Model), ctypes.POINTER(Pass)]
+    return loops
+
+
+def folder() -> Path:
+    """Where built loops are kept: ``$OPENLLAMA_CACHE``, or ``openllama`` in the user's folder for such files."""
+    if given := os.environ.get("OPENLLAMA_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "openllama"
+
+
+def _compiler() -> list[str]:
+    """The command of a C++ compiler: $CXX, which may have arguments, or the first of the usual names."""
+    wanted = shlex.split(os.environ.get("CXX", ""))
+    for command in [wanted] if wanted else [[name] for name in COMPILERS]:
+        if shutil.which(command[0]):
+            return command
+    tried = wanted[0] if wanted else ", ".join(COMPILERS)
+    raise BackendError(f"fast decoding needs a C++ compiler, and there is none ({tried}); install one or set CXX")
+
+
+def _tuned() -> list[str]:
+    """Flags that use all that this processor has."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        return ["-march=native", "-mprefer-vector-width=512"]  # narrower vectors where there are no such
+    return ["-mcpu=native"]
+
+
+def _version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+
+
+def _processor() -> str:
+    """What tells processors apart that share a folder of built loops."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+
+
+def _build(command: list[str], path: Path) -> None:
+    """Compile into a file of another name first, so that there is a whole library at ``path`` or none."""
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with (
+            tempfile.TemporaryDirectory(dir=path.parent) as work,
+            tqdm(total=1, desc="compiling for this processor", leave=False, disable=None, file=sys.stderr) as bar,
+        ):
+            built = Path(work, path.name)
+            subprocess.run(
+                [*command, str(SOURCE), "-o", str(built)], check=True, capture_output=True, text=True, timeout=SECONDS
+            )
+            built.replace(path)
+            bar.update()
+    except subprocess.CalledProcessError as error:
+        reason = next((line for line in error.stderr.splitlines() if "error" in line), error.stderr.strip())
+        raise BackendError(f"{command[0]} could not compile the loops of fast decoding: {reason}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BackendError(f"the loops of fast decoding could not be built in {path.parent}: {error}") from error
