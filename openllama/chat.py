@@ -21,9 +21,9 @@ from torch import Tensor
 
 from openllama.cache import PreallocatedCache
 from openllama.errors import InputError, warn
-from openllama.generation import GenerationConfig
+from openllama.generation import GenerationConfig, stream
+from openllama.generation.state import LanguageModel
 from openllama.generation.text import decoded, until
-from openllama.interface import OpenLlamaForCausalLM
 from openllama.tokenizer import OpenLlamaTokenizer
 from openllama.tokenizer.template import ChatTemplate
 
@@ -41,7 +41,7 @@ class ChatSession:
 
     def __init__(
         self,
-        model: OpenLlamaForCausalLM,
+        model: LanguageModel,
         tokenizer: OpenLlamaTokenizer,
         template: ChatTemplate | None = None,
         max_new_tokens: int = 256,
@@ -100,7 +100,8 @@ class ChatSession:
 
     def _stream(self, ids: list[int], max_new_tokens: int) -> Iterator[Tensor]:
         ends = self._end if len(self._end) == 1 else []
-        return self.model.stream(
+        return stream(
+            self.model,
             input_ids := torch.tensor([ids]),
             attention_mask=torch.ones_like(input_ids),
             past_key_values=self._cache,

@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from openllama.errors import InputError
 from openllama.generation import LogitsProcessor
 from openllama.interface import OpenLlamaForCausalLM
 from openllama.tokenizer import OpenLlamaTokenizer
+
+if TYPE_CHECKING:
+    from openllama.inference import FastModel
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -29,9 +32,10 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", choices=DTYPES, help="compute in this dtype; default: the checkpoint's")
     command.add_argument("--device", help="cpu, cuda, ...")
     command.add_argument("--attn-implementation", choices=("eager", "sdpa", "xformers"))
+    command.add_argument("--fast", action="store_true", help="decode by loops compiled for this processor (CPU)")
 
 
-def load(options: argparse.Namespace) -> tuple[OpenLlamaForCausalLM, OpenLlamaTokenizer]:
+def load(options: argparse.Namespace) -> tuple[OpenLlamaForCausalLM | FastModel, OpenLlamaTokenizer]:
     """Load the model and the tokenizer from the folder that the command names."""
     options.dir = local_path(options.dir)
     try:
@@ -48,10 +52,15 @@ def load(options: argparse.Namespace) -> tuple[OpenLlamaForCausalLM, OpenLlamaTo
     return model, tokenizer
 
 
-def _load_model(folder: Path, options: argparse.Namespace) -> OpenLlamaForCausalLM:
-    return OpenLlamaForCausalLM.from_pretrained(
+def _load_model(folder: Path, options: argparse.Namespace) -> OpenLlamaForCausalLM | FastModel:
+    model = OpenLlamaForCausalLM.from_pretrained(
         folder, dtype=options.dtype, device=options.device, attn_implementation=options.attn_implementation
     )
+    if not options.fast:
+        return model
+    from openllama.inference import fast  # here, as it is rarely wanted
+
+    return fast(model)
 
 
 def add_generation_options(command: argparse.ArgumentParser, max_new_tokens: int) -> None:
@@ -78,7 +87,7 @@ def add_generation_options(command: argparse.ArgumentParser, max_new_tokens: int
 
 
 def generation_arguments(
-    options: argparse.Namespace, model: OpenLlamaForCausalLM, tokenizer: OpenLlamaTokenizer
+    options: argparse.Namespace, model: OpenLlamaForCausalLM | FastModel, tokenizer: OpenLlamaTokenizer
 ) -> dict[str, Any]:
     """Arguments of ``generate``: the checked settings of the options, and the objects that are not settings."""
     config = model.generation_config.replace(**_settings(options))

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from openllama.generation import GenerationConfig
 from openllama.generation.text import decoded, stop_at, until
 from openllama.interface import OpenLlamaForCausalLM
 from openllama.tokenizer import OpenLlamaTokenizer
+
+if TYPE_CHECKING:
+    from openllama.inference import FastModel
 
 
 def add_commands(commands: Commands) -> None:
@@ -94,7 +97,7 @@ class _Counted:
 
 
 def _print_continuation(
-    model: OpenLlamaForCausalLM,
+    model: OpenLlamaForCausalLM | FastModel,
     tokenizer: OpenLlamaTokenizer,
     prompt: str,
     arguments: dict[str, Any],
@@ -116,7 +119,7 @@ def _print_continuation(
 
 
 def _continue(
-    model: OpenLlamaForCausalLM,
+    model: OpenLlamaForCausalLM | FastModel,
     tokenizer: OpenLlamaTokenizer,
     prompts: Sequence[str],
     arguments: dict[str, Any],
@@ -142,7 +145,10 @@ def _continue(
 
 
 def _generate_lines(
-    model: OpenLlamaForCausalLM, tokenizer: OpenLlamaTokenizer, arguments: dict[str, Any], options: argparse.Namespace
+    model: OpenLlamaForCausalLM | FastModel,
+    tokenizer: OpenLlamaTokenizer,
+    arguments: dict[str, Any],
+    options: argparse.Namespace,
 ) -> int:
     """Continue the prompts of all lines in batches, in order; returns the number of new tokens."""
     config = arguments["generation_config"]

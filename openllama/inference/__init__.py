@@ -4,11 +4,13 @@
     quick = fast(model)
     quick.generate(ids, max_new_tokens=100)
 
-compiler     builds and loads the loops
+decoding     the model that decodes by loops
+loops        hands them the weights, and checks that they compute what the model does
+structs      how it does so
+compiler     builds them for this processor
 kernels.cpp  the loops: a pass of a few tokens through the whole model
-step         the model that uses them
 """
 
-from openllama.inference.step import FastModel, fast
+from openllama.inference.decoding import FastModel, fast
 
 __all__ = ["FastModel", "fast"]

@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
@@ -69,6 +70,10 @@ inline Vector nibbles(Ints v) { return __builtin_convertvector((v & 15) - 8, Vec
 
 // ---- rows of matrices, read as floats in groups of 32 ----
 
+#ifdef __AVX512BF16__
+typedef __m512bh Pairs;  // 32 bfloat16, whose products with 32 others are added two by two in one instruction
+#endif
+
 const int GROUP = 32;
 enum Kind { FLOAT32, BFLOAT16, INT8, INT4 };
 
@@ -89,6 +94,9 @@ struct PlainRow {
     const void* at(int64_t k) const { return data + k; }
     float one(int64_t k) const { return get(data + k); }
     float factor() const { return 1; }
+#ifdef __AVX512BF16__
+    Pairs pairs(int64_t k) const { return (Pairs)_mm512_loadu_si512(data + k); }
+#endif
 };
 
 struct Int8Row {
@@ -103,6 +111,13 @@ struct Int8Row {
     const void* at(int64_t k) const { return data + k; }
     float one(int64_t k) const { return data[k]; }
     float factor() const { return scale; }
+#ifdef __AVX512BF16__
+    Pairs pairs(int64_t k) const {
+        Vector w[2];
+        group(k, w);
+        return _mm512_cvtne2ps_pbh((__m512)w[1], (__m512)w[0]);  // exact: 8 bits are enough for -127 to 127
+    }
+#endif
 };
 
 struct Int4Row {  // byte j of a group: element j in the lower half, element j + 16 in the upper; (half - 8) * scale
@@ -125,6 +140,13 @@ struct Int4Row {  // byte j of a group: element j in the lower half, element j +
         return ((k % GROUP < WIDTH ? byte & 15 : byte >> 4) - 8) * get(scales + k / GROUP);
     }
     float factor() const { return 1; }
+#ifdef __AVX512BF16__
+    Pairs pairs(int64_t k) const {
+        Vector w[2];
+        group(k, w);
+        return _mm512_cvtne2ps_pbh((__m512)w[1], (__m512)w[0]);  // rounds the product of number and scale
+    }
+#endif
 };
 
 // ---- products ----
@@ -159,6 +181,46 @@ void tile(const Matrix& m, int64_t row, const float* x, float* y, bool add) {
         }
 }
 
+#ifdef __AVX512BF16__
+// The same for x in bfloat16.
+template <class Row, int R, int N>
+void narrow_tile(const Matrix& m, int64_t row, const uint16_t* x, float* y, bool add) {
+    Row rows[R];
+    for (int r = 0; r < R; r++) rows[r] = Row(m, row + r);
+    __m512 sums[R][N] = {};
+    int64_t bytes = (const char*)rows[0].at(m.columns) - (const char*)rows[0].at(0);
+    for (int64_t k = 0; k < m.columns; k += GROUP) {
+        Pairs w[R];
+        for (int r = 0; r < R; r++) {
+            w[r] = rows[r].pairs(k);
+            __builtin_prefetch((const char*)rows[r].at(k) + R * bytes);
+        }
+        for (int n = 0; n < N; n++) {
+            Pairs part = (Pairs)_mm512_loadu_si512(x + n * m.columns + k);
+            for (int r = 0; r < R; r++) sums[r][n] = _mm512_dpbf16_ps(sums[r][n], w[r], part);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int n = 0; n < N; n++) {
+            float* out = y + n * m.rows + row + r;
+            *out = sum((Vector)sums[r][n]) * rows[r].factor() + (add ? *out : 0);
+        }
+}
+
+template <class Row>
+void narrow_multiply(const Matrix& m, const float* x, float* y, int64_t n, bool add) {
+    thread_local std::vector<uint16_t> halves;
+    halves.resize(n * m.columns);
+    for (int64_t i = 0; i < n * m.columns; i++) put(&halves[i], x[i]);
+    #pragma omp for schedule(static) nowait
+    for (int64_t row = 0; row < m.rows; row += 4) {
+        int64_t i = 0;
+        for (; i + 4 <= n; i += 4) narrow_tile<Row, 4, 4>(m, row, &halves[i * m.columns], y + i * m.rows, add);
+        for (; i < n; i++) narrow_tile<Row, 4, 1>(m, row, &halves[i * m.columns], y + i * m.rows, add);
+    }
+}
+#endif
+
 template <class Row, int R>
 void tiles(const Matrix& m, int64_t row, const float* x, float* y, int64_t n, bool add) {
     for (; n >= 4; n -= 4, x += 4 * m.columns, y += 4 * m.rows) tile<Row, R, 4>(m, row, x, y, add);
@@ -177,6 +239,13 @@ void multiply(const Matrix& m, const float* x, float* y, int64_t n, bool add) {
 
 // y (N, rows) = x (N, columns) @ m.T, added to what is there if `add`. The caller waits.
 void product(const Matrix& m, const float* x, float* y, int64_t n, bool add = false) {
+#ifdef __AVX512BF16__
+    if (n >= 4 && m.columns % GROUP == 0 && m.rows % 4 == 0) switch (m.kind) {
+        case BFLOAT16: return narrow_multiply<PlainRow<uint16_t>>(m, x, y, n, add);
+        case INT8: return narrow_multiply<Int8Row>(m, x, y, n, add);
+        case INT4: return narrow_multiply<Int4Row>(m, x, y, n, add);
+    }
+#endif
     switch (m.kind) {
         case FLOAT32: return multiply<PlainRow<float>>(m, x, y, n, add);
         case BFLOAT16: return multiply<PlainRow<uint16_t>>(m, x, y, n, add);

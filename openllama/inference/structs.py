@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
 
+
 class Matrix(Structure):
     _fields_ = [("data", c_void_p), ("scale", c_void_p), ("rows", c_int64), ("columns", c_int64), ("kind", c_int64)]
 
@@ -23,7 +24,10 @@ class Model(Structure):
         ("layers", POINTER(Layer)),
         ("norm", c_void_p),
         ("head", Matrix),
-        *((name, c_int64) for name in ("count", "size", "intermediate", "heads", "head_dim", "norm_kind", "cache_kind")),
+        *(
+            (name, c_int64)
+            for name in ("count", "size", "intermediate", "heads", "head_dim", "norm_kind", "cache_kind")
+        ),
         ("eps", c_float),
     ]
 

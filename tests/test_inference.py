@@ -1,0 +1,430 @@
+"""Fast decoding: the loops compute what the model does on every processor, and never something else in silence."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from openllama import OpenLlamaForCausalLM, OpenLlamaTokenizer
+from openllama.attention import register_backend, sdpa_attention
+from openllama.cache import PreallocatedCache
+from openllama.cli import main
+from openllama.errors import BackendError, InputError
+from openllama.inference import FastModel, compiler, fast
+from openllama.inference.decoding import MOST_ROWS
+from openllama.model import Inputs
+from tests.draw import examples
+from tests.generating import make_model
+from tests.sentencepieces import corpus
+
+TINY = Path(__file__).parents[1] / "checkpoints" / "open-llama-tiny"
+PROCESSORS = {"AVX-512": ["-march=x86-64-v4"], "AVX2": ["-march=x86-64-v3"], "SSE4": ["-march=x86-64-v2"]}
+
+
+@pytest.fixture(scope="module")
+def model() -> OpenLlamaForCausalLM:
+    return make_model()
+
+
+@pytest.fixture
+def prompt() -> Tensor:
+    return torch.tensor([[5, 9, 13, 2, 17, 8, 30, 4, 11]])
+
+
+def passes(model: FastModel) -> list[tuple[int, ...]]:
+    """The shapes of the tokens that the loops are given, from now on."""
+    shapes: list[tuple[int, ...]] = []
+    run = model._loops.run  # type: ignore[union-attr]
+
+    def recorded(x: Tensor, *arguments: Any) -> Tensor:
+        shapes.append(tuple(x.shape[:2]))
+        return run(x, *arguments)
+
+    model._refresh = lambda: None  # type: ignore[method-assign]  # which would take other loops
+    model._loops.run = recorded  # type: ignore[union-attr, method-assign]
+    return shapes
+
+
+@torch.no_grad()
+def cached(model: OpenLlamaForCausalLM, ids: Tensor, mask: Tensor | None, dtype: torch.dtype, room: int) -> Inputs:
+    """``ids`` but the last tokens, computed by the model; what is left for the next pass has no tokens yet."""
+    cache = PreallocatedCache(model.config, len(ids), room, dtype)
+    if ids.shape[1]:
+        model(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+    return Inputs(ids, cache=cache, backend="sdpa")
+
+
+# --- the numbers ------------------------------------------------------------------------------------
+
+
+@examples(60)
+@given(
+    heads=st.integers(1, 5),
+    head_dim=st.sampled_from([4, 6, 16, 20, 64]),
+    intermediate=st.integers(1, 90),
+    layers=st.integers(1, 3),
+    vocabulary=st.integers(20, 61),
+    batch=st.integers(1, 3),
+    past=st.integers(0, 40),
+    length=st.integers(1, 5),
+    padding=st.booleans(),
+    scaling=st.sampled_from([None, {"type": "linear", "factor": 2.0}, {"type": "dynamic", "factor": 2.0}]),
+    stable=st.booleans(),
+    shared=st.booleans(),
+    threads=st.integers(1, 3),
+)
+@torch.no_grad()
+def test_a_pass_has_the_logits_and_the_cache_of_the_model(
+    heads, head_dim, intermediate, layers, vocabulary, batch, past, length, padding, scaling, stable, shared, threads
+):
+    torch.set_num_threads(threads)
+    model = make_model(
+        vocab_size=vocabulary,
+        hidden_size=heads * head_dim,
+        num_attention_heads=heads,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        rope_scaling=scaling,
+        max_position_embeddings=24,
+        use_stable_embedding=stable,
+        shared_input_output_embedding=shared,
+    )
+    ids = torch.randint(0, vocabulary, (batch, past + length))
+    mask = torch.ones_like(ids)
+    if padding:
+        for row in range(batch):
+            mask[row, : int(torch.randint(0, past + 1, ()))] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]
+    results = []
+    for computing in (model, fast(model)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of lengths beyond training
+            inputs = cached(model, ids[:, :past], mask[:, :past], torch.float32, past + length + 3)
+        inputs = inputs._replace(tokens=ids[:, past:], mask=mask if padding else None, positions=positions)
+        results.append(computing(inputs, logits_to_keep=0, return_dict=True))
+    expected, found = results
+    scale = expected.logits.abs().max().item() + 1
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=2e-5 * scale)
+    for ours, theirs in zip(found.past_key_values, expected.past_key_values, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5 * scale)
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+@torch.no_grad()
+def test_every_processor_gets_loops_of_the_same_numbers(model, name, monkeypatch):
+    if "flags" not in (cpu := Path("/proc/cpuinfo").read_text()) or (name == "AVX-512" and "avx512bw" not in cpu):
+        pytest.skip(f"this processor cannot run {name}")
+    ids = torch.randint(0, 40, (2, 14), generator=torch.Generator().manual_seed(3))
+    expected = model(ids).logits[:, -2:]
+    monkeypatch.setattr(compiler, "_tuned", lambda: PROCESSORS[name])
+    compiler.library.cache_clear()
+    try:
+        inputs = cached(model, ids[:, :12], None, torch.float32, 14)._replace(tokens=ids[:, 12:])
+        torch.testing.assert_close(fast(model)(inputs, logits_to_keep=2).logits, expected, rtol=0, atol=2e-5)
+    finally:
+        compiler.library.cache_clear()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 8])
+@torch.no_grad()
+def test_bfloat16_is_at_least_as_near_to_float32_as_the_model_is(rows):
+    model = make_model(hidden_size=64, intermediate_size=96, vocab_size=400)
+    ids = torch.randint(0, 400, (rows, 20), generator=torch.Generator().manual_seed(3))
+    model.to(torch.bfloat16)
+    exact = make_model(hidden_size=64, intermediate_size=96, vocab_size=400)
+    exact.load_state_dict(model.state_dict())
+    expected = exact(ids).logits[:, -1].softmax(-1)
+    distances = []
+    for computing in (model, fast(model)):
+        inputs = cached(model, ids[:, :-1], None, torch.bfloat16, 20)._replace(tokens=ids[:, -1:])
+        logits = computing(inputs, logits_to_keep=1, return_dict=True).logits[:, -1].float()
+        distances.append((logits.softmax(-1) - expected).abs().mean().item())
+    assert distances[1] <= distances[0] * 1.1
+
+
+@torch.no_grad()
+def test_on_held_out_text_the_loops_agree_with_float32_where_bfloat16_does():
+    """The end of the corpus, which training did not see, token by token with the right tokens before."""
+    lines = "\n".join(corpus("shakespeare.txt")[-40:])
+    ids = torch.tensor([OpenLlamaTokenizer.from_pretrained(TINY).encode(lines)])[:, :300]
+    exact = OpenLlamaForCausalLM.from_pretrained(TINY, dtype="float32")
+    expected = exact(ids).logits[0].log_softmax(-1)
+    quick = fast(OpenLlamaForCausalLM.from_pretrained(TINY))
+    cache = PreallocatedCache(quick.config, 1, ids.shape[1], torch.bfloat16)
+    found = []
+    for token in ids[0]:
+        found.append(quick(Inputs(token.view(1, 1), cache=cache, backend="sdpa"), logits_to_keep=1).logits[0, 0])
+    logits = torch.stack(found).log_softmax(-1)
+    assert (logits.argmax(-1) == expected.argmax(-1)).float().mean() >= 0.995
+    assert F.kl_div(logits, expected, log_target=True, reduction="batchmean") < 1e-4
+
+
+# --- generation -------------------------------------------------------------------------------------
+
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "grouped beams": {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+    "sampling": {"do_sample": True, "top_k": 5, "num_return_sequences": 2},
+    "lookup": {"prompt_lookup_num_tokens": 3},
+    "contrastive": {"penalty_alpha": 0.4, "top_k": 4},
+    "penalties": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+    "without cache": {"use_cache": False},
+    "attentions": {"output_attentions": True, "return_dict_in_generate": True},
+}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_makes_the_same_ids(model, prompt, name):
+    results = []
+    for generating in (model, fast(model)):
+        arguments = dict(STRATEGIES[name])
+        if arguments.get("do_sample"):
+            arguments["generator"] = torch.Generator().manual_seed(5)
+        output = generating.generate(prompt, max_new_tokens=24, **arguments)
+        results.append(output if isinstance(output, Tensor) else output.sequences)
+    assert torch.equal(*results)
+
+
+def test_prompts_of_different_lengths_make_the_same_ids(model):
+    ids = torch.tensor([[0, 0, 0, 5, 9], [0, 7, 21, 3, 30], [4, 6, 8, 10, 12]])
+    mask = (ids != 0).long()
+    expected = model.generate(ids, attention_mask=mask, max_new_tokens=20)
+    assert torch.equal(fast(model).generate(ids, attention_mask=mask, max_new_tokens=20), expected)
+
+
+def test_an_assistant_may_be_fast_and_so_may_the_model(model, prompt):
+    expected = model.generate(prompt, max_new_tokens=20)
+    for pair in ((fast(model), fast(make_model(2))), (model, fast(make_model(2))), (fast(model), make_model(2))):
+        assert torch.equal(pair[0].generate(prompt, max_new_tokens=20, assistant_model=pair[1]), expected)
+
+
+def test_stream_yields_the_same_tokens(model, prompt):
+    expected = model.generate(prompt, max_new_tokens=12)[0, prompt.shape[1] :]
+    assert torch.equal(torch.cat(list(fast(model).stream(prompt, max_new_tokens=12))), expected)
+
+
+def test_the_loops_take_every_token_after_the_prompt(model):
+    quick, prompt = fast(model), torch.randint(0, 40, (1, MOST_ROWS + 1))
+    shapes = passes(quick)
+    quick.generate(prompt, max_new_tokens=5)
+    assert shapes == [(1, 1)] * 4
+    quick.generate(prompt[:, :-1], max_new_tokens=2)
+    assert shapes[4:] == [(1, MOST_ROWS), (1, 1)], "a short prompt is a pass of few tokens, too"
+
+
+def test_a_cache_of_an_earlier_call_goes_on(model, prompt):
+    quick = fast(model)
+    cache = PreallocatedCache(model.config, 1, 40)
+    whole = model.generate(prompt, max_new_tokens=20)
+    first = quick.generate(prompt, max_new_tokens=8, past_key_values=cache)
+    assert torch.equal(quick.generate(first, max_new_tokens=12, past_key_values=cache), whole)
+
+
+# --- what the loops do not compute ------------------------------------------------------------------
+
+
+def test_a_hook_that_is_added_later_runs(model, prompt):
+    quick, calls = fast(model), []
+    quick.generate(prompt, max_new_tokens=2)
+    handle = model.model.layers[1].mlp.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.warns(UserWarning, match="run no hooks, and MLP has some"):
+        ids = quick.generate(prompt, max_new_tokens=4)
+    handle.remove()
+    assert len(calls) == 4
+    assert torch.equal(ids, model.generate(prompt, max_new_tokens=4))
+    shapes = passes(quick) if quick._refresh() is None else []
+    quick.generate(prompt, max_new_tokens=3)
+    assert len(shapes) >= 2, "without the hook the loops are back"
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("where", ["", "lm_head", "model", "model.layers.0", "model.embedding.tokens"])
+def test_a_hook_that_is_added_while_a_text_is_made_runs(prompt, shared, where):
+    model, calls = make_model(shared_input_output_embedding=shared), []
+    quick = fast(model)
+    tokens = quick.stream(prompt, max_new_tokens=6)
+    next(tokens), next(tokens)
+    model.get_submodule(where).register_forward_hook(lambda *_: calls.append(1))
+    with pytest.warns(UserWarning, match="not fast: the loops run no hooks"):
+        list(tokens)
+    assert len(calls) == 4
+
+
+def test_an_adapter_that_is_added_later_counts(prompt):
+    peft = pytest.importorskip("peft")
+    model = make_model()
+    quick = fast(model)
+    quick.generate(prompt, max_new_tokens=2)
+    config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config).eval()
+    with pytest.warns(UserWarning, match="the model has Linear in its place"):
+        ids = quick.generate(prompt, max_new_tokens=12)
+    assert torch.equal(ids, adapted.generate(input_ids=prompt, max_new_tokens=12))
+
+
+@pytest.mark.parametrize("change", ["in place", "loaded", "float64 and back"])
+def test_weights_that_change_are_the_ones_that_count(prompt, change):
+    model, other = make_model(), make_model(7)
+    quick = fast(model)
+    quick.generate(prompt, max_new_tokens=2)
+    if change == "in place":
+        with torch.no_grad():
+            for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+                mine.copy_(theirs)
+    elif change == "loaded":
+        model.load_state_dict(other.state_dict(), assign=True)
+    else:
+        model.load_state_dict(other.state_dict())
+        model.double().float()
+    assert torch.equal(quick.generate(prompt, max_new_tokens=12), other.generate(prompt, max_new_tokens=12))
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [({"hidden_act": "gelu"}, "silu"), ({"hidden_act": "relu"}, "the model has hidden_act 'relu'")],
+)
+def test_what_the_loops_cannot_compute_the_model_does_and_a_warning_says_so_once(prompt, fields, reason):
+    model = make_model(**fields)
+    with pytest.warns(UserWarning, match=f"decoding is not fast: .*{reason}"):
+        quick = fast(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ids = quick.generate(prompt, max_new_tokens=8)
+    assert torch.equal(ids, model.generate(prompt, max_new_tokens=8))
+
+
+def test_float16_is_left_to_the_model(prompt):
+    with pytest.warns(UserWarning, match=r"float32 and bfloat16, the model has torch\.float16"):
+        fast(make_model().half())
+
+
+def test_a_registered_backend_is_not_passed_over(prompt):
+    calls: list[int] = []
+
+    def counting(query, key, value, mask, dropout, layer):
+        calls.append(layer)
+        return sdpa_attention(query, key, value, mask, dropout)
+
+    register_backend("counting", counting)
+    model = make_model()
+    model.set_attn_implementation("counting")
+    with pytest.warns(UserWarning, match="registered backend 'counting'"):
+        fast(model).generate(prompt, max_new_tokens=3)
+    assert len(calls) == 6
+
+
+def test_a_subclass_with_a_layer_of_its_own_is_not_passed_over(model):
+    class Other(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    changed = make_model()
+    changed.model.layers[0].mlp.up_proj = Other(32, 48, bias=False)
+    with pytest.warns(UserWarning, match="compute Linear, the model has Other in its place"):
+        fast(changed)
+
+
+def test_gradients_come_from_the_model(model, prompt):
+    fast(model)(prompt, labels=prompt).loss.backward()
+    assert model.model.layers[0].mlp.up_proj.weight.grad is not None
+    model.zero_grad()
+
+
+def test_a_full_cache_is_an_error_before_anything_is_written(model, prompt):
+    inputs = cached(model, prompt, None, torch.float32, prompt.shape[1])._replace(tokens=prompt[:, :1])
+    with torch.no_grad(), pytest.raises(InputError, match="room for 9 tokens, 9 are in it, 1 are new"):
+        fast(model)(inputs, logits_to_keep=1)
+
+
+def test_only_a_causal_language_model_can_be_fast(model):
+    with pytest.raises(BackendError, match="for OpenLlamaForCausalLM, got OpenLlamaModel"):
+        fast(model.model)
+    assert fast(quick := fast(model)) is quick
+
+
+# --- the compiler -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def anew(monkeypatch, tmp_path):
+    """Nothing is built yet."""
+    monkeypatch.setenv("OPENLLAMA_CACHE", str(tmp_path / "cache"))
+    compiler.library.cache_clear()
+    yield tmp_path / "cache"
+    compiler.library.cache_clear()
+
+
+def test_without_a_compiler_the_model_decodes_and_a_warning_says_so(model, prompt, anew, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.warns(UserWarning, match=r"not fast: .*needs a C\+\+ compiler, .*\(no-such-compiler\); install one"):
+        quick = fast(model)
+    assert torch.equal(quick.generate(prompt, max_new_tokens=5), model.generate(prompt, max_new_tokens=5))
+
+
+def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(model, anew, monkeypatch):
+    monkeypatch.setattr(compiler, "FLAGS", (*compiler.FLAGS, "--no-such-flag"))
+    with pytest.warns(UserWarning, match="could not compile .*no-such-flag"):
+        fast(model)
+    assert list(anew.iterdir()) == []
+
+
+def test_a_library_that_cannot_be_loaded_names_the_file(model, anew, monkeypatch):
+    anew.mkdir()
+    monkeypatch.setattr(compiler, "_build", lambda command, path: path.write_bytes(b"not a library"))
+    with pytest.warns(UserWarning, match=r"kernels-\w+\.so cannot be loaded: .*; remove it"):
+        fast(model)
+
+
+def test_a_folder_that_cannot_be_written_is_a_warning(model, anew):
+    anew.write_text("a file")
+    with pytest.warns(UserWarning, match=r"could not be built in .*cache"):
+        fast(model)
+
+
+def test_it_is_built_once_for_all_processes(model, anew):
+    fast(model)
+    [built] = anew.iterdir()
+    before = built.stat().st_mtime_ns
+    compiler.library.cache_clear()
+    fast(model)
+    assert [file.stat().st_mtime_ns for file in anew.iterdir()] == [before]
+
+
+def test_subnormal_numbers_stay_after_the_loops_are_loaded():
+    """Libraries built with -ffast-math would set a flag of the processor."""
+    code = "import torch; from openllama.inference.compiler import library; library(); print(torch.tensor(1e-40) * 1 > 0)"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output == "tensor(True)\n"
+
+
+# --- the command line -------------------------------------------------------------------------------
+
+
+def test_generate_fast_prints_what_generate_prints(capsys):
+    arguments = [
+        "generate",
+        str(TINY),
+        "--prompt",
+        "The king",
+        "--greedy",
+        "--dtype",
+        "float32",
+        "--max-new-tokens",
+        "20",
+    ]
+    texts = []
+    for extra in ([], ["--fast"]):
+        assert main([*arguments, *extra]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
