@@ -21,7 +21,7 @@ from openllama.cache import PreallocatedCache
 from openllama.cli import main
 from openllama.errors import BackendError, InputError
 from openllama.inference import FastModel, compiler, fast
-from openllama.inference.decoding import MOST_ROWS
+from openllama.inference.loops import Loops
 from openllama.model import Inputs
 from tests.draw import examples
 from tests.generating import make_model
@@ -29,6 +29,12 @@ from tests.sentencepieces import corpus
 
 TINY = Path(__file__).parents[1] / "checkpoints" / "open-llama-tiny"
 PROCESSORS = {"AVX-512": ["-march=x86-64-v4"], "AVX2": ["-march=x86-64-v3"], "SSE4": ["-march=x86-64-v2"]}
+
+
+@pytest.fixture(autouse=True)
+def _same_on_every_machine(monkeypatch):
+    """Up to 16 tokens, what a machine measures."""
+    monkeypatch.setattr(Loops, "_most_rows", 16)
 
 
 @pytest.fixture(scope="module")
@@ -215,12 +221,12 @@ def test_stream_yields_the_same_tokens(model, prompt):
 
 
 def test_the_loops_take_every_token_after_the_prompt(model):
-    quick, prompt = fast(model), torch.randint(0, 40, (1, MOST_ROWS + 1))
+    quick, prompt = fast(model), torch.randint(0, 40, (1, 17))
     shapes = passes(quick)
     quick.generate(prompt, max_new_tokens=5)
     assert shapes == [(1, 1)] * 4
     quick.generate(prompt[:, :-1], max_new_tokens=2)
-    assert shapes[4:] == [(1, MOST_ROWS), (1, 1)], "a short prompt is a pass of few tokens, too"
+    assert shapes[4:] == [(1, 16), (1, 1)], "a short prompt is a pass of few tokens, too"
 
 
 def test_a_cache_of_an_earlier_call_goes_on(model, prompt):
@@ -401,9 +407,23 @@ def test_it_is_built_once_for_all_processes(model, anew):
     assert [file.stat().st_mtime_ns for file in anew.iterdir()] == [before]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_number_of_tokens_is_measured_once_for_all_processes(anew, dtype, monkeypatch):
+    found = compiler.most_rows(dtype, 2)
+    assert found in (1, 2, 4, 8, 16, 32, 64)
+    monkeypatch.setattr(compiler, "_measure", lambda dtype, threads: 5)
+    assert compiler.most_rows(dtype, 2) == found
+    assert compiler.most_rows(dtype, 1) == 5, "other threads, another number"
+    [kept] = anew.glob("*.json")
+    kept.write_text("[broken")
+    assert compiler.most_rows(dtype, 2) == 5
+
+
 def test_subnormal_numbers_stay_after_the_loops_are_loaded():
     """Libraries built with -ffast-math would set a flag of the processor."""
-    code = "import torch; from openllama.inference.compiler import library as f; f(); print(torch.tensor(1e-40) * 1 > 0)"
+    code = (
+        "import torch; from openllama.inference.compiler import library as f; f(); print(torch.tensor(1e-40) * 1 > 0)"
+    )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output == "tensor(True)\n"
 

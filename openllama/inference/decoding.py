@@ -16,7 +16,8 @@ from torch import Tensor
 from openllama import generation
 from openllama.cache import PreallocatedCache
 from openllama.errors import BackendError, warn
-from openllama.inference.loops import KINDS, Loops
+from openllama.inference.loops import Loops
+from openllama.inference.structs import KINDS
 from openllama.interface import OpenLlamaForCausalLM
 from openllama.model import Inputs
 from openllama.outputs import CausalLMOutput
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from openllama.config import OpenLlamaConfig
     from openllama.generation import GenerationConfig
     from openllama.generation.arguments import Arguments
-
-MOST_ROWS = 16  # tokens of a pass beyond which products of libraries are faster everywhere
 
 
 def fast(model: OpenLlamaForCausalLM) -> FastModel:
@@ -118,7 +117,7 @@ class FastModel:
             return None
         if inputs.output_attentions or inputs.output_hidden_states or (mask is not None and mask.ndim != 2):
             return None
-        if ids.ndim != 2 or ids.numel() > MOST_ROWS or not isinstance(cache, PreallocatedCache):
+        if ids.ndim != 2 or not self._loops.take(ids.numel()) or not isinstance(cache, PreallocatedCache):
             return None
         config, (keys, _) = self.config, cache.storage[0]
         shape = (len(ids), config.num_attention_heads, cache.max_length, config.head_dim)

@@ -434,8 +434,8 @@ void openllama_forward(const Model* model, const Pass* pass) {
 }
 
 // y (N, rows) = x (N, columns) @ matrix.T
-void openllama_product(const Matrix* matrix, const float* x, float* y, int64_t n) {
-    #pragma omp parallel
+void openllama_product(const Matrix* matrix, const float* x, float* y, int64_t n, int64_t threads) {
+    #pragma omp parallel num_threads(threads)
     product(*matrix, x, y, n);
 }
 

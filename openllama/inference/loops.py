@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -10,12 +11,10 @@ from torch import Tensor, nn
 from openllama.attention import BACKENDS
 from openllama.cache import PreallocatedCache
 from openllama.errors import BackendError
-from openllama.inference.compiler import library
-from openllama.inference.structs import Layer, Matrix, Model, Pass
+from openllama.inference.compiler import library, most_rows
+from openllama.inference.structs import KINDS, Layer, Matrix, Model, Pass
 from openllama.interface import OpenLlamaForCausalLM, OpenLlamaModel
 from openllama.model import MLP, Attention, DecoderLayer, RMSNorm, SharedHead, StableEmbedding
-
-KINDS = {torch.float32: 0, torch.bfloat16: 1}  # of weights, norms and caches, as in kernels.cpp
 
 
 class Loops:
@@ -30,9 +29,18 @@ class Loops:
         self._tensors: list[Tensor] = []  # every tensor whose address the loops have
         self._hooks = [h for module in model.modules() for h in (module._forward_hooks, module._forward_pre_hooks)]
         self._work = torch.empty(0)
+        self._dtype = model.dtype
         self._vocab_size = model.config.vocab_size
         self._model = self._addresses_of(model)
         self._addresses = [tensor.data_ptr() for tensor in self._tensors]
+
+    def take(self, rows: int) -> bool:
+        """Whether this is no more tokens than the loops compute faster than libraries do."""
+        return rows <= 2 or rows <= self._most_rows
+
+    @functools.cached_property
+    def _most_rows(self) -> int:
+        return most_rows(self._dtype, torch.get_num_threads())
 
     def have_changed(self) -> bool:
         """Whether weights have moved or somebody listens in, since their addresses were taken."""

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
 
+import torch
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1}  # of weights, norms and caches
+
 
 class Matrix(Structure):
     _fields_ = [("data", c_void_p), ("scale", c_void_p), ("rows", c_int64), ("columns", c_int64), ("kind", c_int64)]
