@@ -72,6 +72,11 @@ inline Vector nibbles(Ints v) { return __builtin_convertvector((v & 15) - 8, Vec
 
 #ifdef __AVX512BF16__
 typedef __m512bh Pairs;  // 32 bfloat16, whose products with 32 others are added two by two in one instruction
+const __m512i INT4_VALUES = [] {  // -8 ... 7 in bfloat16, twice, as an index has 5 bits
+    uint16_t values[32];
+    for (int i = 0; i < 32; i++) put(values + i, float(i % 16 - 8));
+    return _mm512_loadu_si512(values);
+}();
 #endif
 
 const int GROUP = 32;
@@ -95,7 +100,9 @@ struct PlainRow {
     float one(int64_t k) const { return get(data + k); }
     float factor() const { return 1; }
 #ifdef __AVX512BF16__
+    static const bool INTERLEAVED = false;
     Pairs pairs(int64_t k) const { return (Pairs)_mm512_loadu_si512(data + k); }
+    float group_scale(int64_t) const { return 1; }
 #endif
 };
 
@@ -112,6 +119,8 @@ struct Int8Row {
     float one(int64_t k) const { return data[k]; }
     float factor() const { return scale; }
 #ifdef __AVX512BF16__
+    static const bool INTERLEAVED = false;
+    float group_scale(int64_t) const { return 1; }
     Pairs pairs(int64_t k) const {
         Vector w[2];
         group(k, w);
@@ -141,11 +150,12 @@ struct Int4Row {  // byte j of a group: element j in the lower half, element j +
     }
     float factor() const { return 1; }
 #ifdef __AVX512BF16__
+    static const bool INTERLEAVED = true;  // elements 0 16 1 17 ... 15 31, still without the scale
     Pairs pairs(int64_t k) const {
-        Vector w[2];
-        group(k, w);
-        return _mm512_cvtne2ps_pbh((__m512)w[1], (__m512)w[0]);  // rounds the product of number and scale
+        Ints bytes = widen(data + k / 2);
+        return (Pairs)_mm512_permutexvar_epi16((__m512i)(bytes | bytes << 12), INT4_VALUES);
     }
+    float group_scale(int64_t k) const { return get(scales + k / GROUP); }
 #endif
 };
 
@@ -191,13 +201,18 @@ void narrow_tile(const Matrix& m, int64_t row, const uint16_t* x, float* y, bool
     int64_t bytes = (const char*)rows[0].at(m.columns) - (const char*)rows[0].at(0);
     for (int64_t k = 0; k < m.columns; k += GROUP) {
         Pairs w[R];
+        float scale[R];
         for (int r = 0; r < R; r++) {
             w[r] = rows[r].pairs(k);
+            scale[r] = rows[r].group_scale(k);
             __builtin_prefetch((const char*)rows[r].at(k) + R * bytes);
         }
         for (int n = 0; n < N; n++) {
             Pairs part = (Pairs)_mm512_loadu_si512(x + n * m.columns + k);
-            for (int r = 0; r < R; r++) sums[r][n] = _mm512_dpbf16_ps(sums[r][n], w[r], part);
+            for (int r = 0; r < R; r++) {
+                if (!Row::INTERLEAVED) sums[r][n] = _mm512_dpbf16_ps(sums[r][n], w[r], part);
+                else sums[r][n] += scale[r] * _mm512_dpbf16_ps(__m512{}, w[r], part);
+            }
         }
     }
     for (int r = 0; r < R; r++)
@@ -211,11 +226,19 @@ template <class Row>
 void narrow_multiply(const Matrix& m, const float* x, float* y, int64_t n, bool add) {
     thread_local std::vector<uint16_t> halves;
     halves.resize(n * m.columns);
-    for (int64_t i = 0; i < n * m.columns; i++) put(&halves[i], x[i]);
+    for (int64_t i = 0; i < n * m.columns; i += GROUP) {
+        __m256i first = (__m256i)_mm512_cvtneps_pbh((__m512)load(x + i));
+        __m256i second = (__m256i)_mm512_cvtneps_pbh((__m512)load(x + i + WIDTH));
+        __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
+        if (Row::INTERLEAVED)
+            both = _mm512_or_si512(_mm512_cvtepu16_epi32(first), _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16));
+        _mm512_storeu_si512(&halves[i], both);
+    }
     #pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < m.rows; row += 4) {
         int64_t i = 0;
         for (; i + 4 <= n; i += 4) narrow_tile<Row, 4, 4>(m, row, &halves[i * m.columns], y + i * m.rows, add);
+        for (; i + 2 <= n; i += 2) narrow_tile<Row, 4, 2>(m, row, &halves[i * m.columns], y + i * m.rows, add);
         for (; i < n; i++) narrow_tile<Row, 4, 1>(m, row, &halves[i * m.columns], y + i * m.rows, add);
     }
 }
@@ -240,10 +263,10 @@ void multiply(const Matrix& m, const float* x, float* y, int64_t n, bool add) {
 // y (N, rows) = x (N, columns) @ m.T, added to what is there if `add`. The caller waits.
 void product(const Matrix& m, const float* x, float* y, int64_t n, bool add = false) {
 #ifdef __AVX512BF16__
-    if (n >= 4 && m.columns % GROUP == 0 && m.rows % 4 == 0) switch (m.kind) {
-        case BFLOAT16: return narrow_multiply<PlainRow<uint16_t>>(m, x, y, n, add);
-        case INT8: return narrow_multiply<Int8Row>(m, x, y, n, add);
-        case INT4: return narrow_multiply<Int4Row>(m, x, y, n, add);
+    if (m.columns % GROUP == 0 && m.rows % 4 == 0) {
+        if (m.kind == INT4) return narrow_multiply<Int4Row>(m, x, y, n, add);
+        if (m.kind == INT8 && n >= 4) return narrow_multiply<Int8Row>(m, x, y, n, add);
+        if (m.kind == BFLOAT16 && n >= 4) return narrow_multiply<PlainRow<uint16_t>>(m, x, y, n, add);
     }
 #endif
     switch (m.kind) {
