@@ -161,7 +161,7 @@ struct Int4Row {  // byte j of a group: element j in the lower half, element j +
 
 // ---- products ----
 
-// y[n][row] = x[n] . m[row], for 4 rows of the matrix (or 1) and N of x; `y` rows are `m.rows` apart.
+// y[n][row] = x[n] . m[row], for R rows of the matrix and N of x; rows of y are `m.rows` apart.
 template <class Row, int R, int N>
 void tile(const Matrix& m, int64_t row, const float* x, float* y, bool add) {
     Row rows[R];
@@ -244,19 +244,22 @@ void narrow_multiply(const Matrix& m, const float* x, float* y, int64_t n, bool 
 }
 #endif
 
-template <class Row, int R>
-void tiles(const Matrix& m, int64_t row, const float* x, float* y, int64_t n, bool add) {
-    for (; n >= 4; n -= 4, x += 4 * m.columns, y += 4 * m.rows) tile<Row, R, 4>(m, row, x, y, add);
-    if (n >= 2) tile<Row, R, 2>(m, row, x, y, add), n -= 2, x += 2 * m.columns, y += 2 * m.rows;
-    if (n) tile<Row, R, 1>(m, row, x, y, add);
-}
-
 template <class Row>
 void multiply(const Matrix& m, const float* x, float* y, int64_t n, bool add) {
     #pragma omp for schedule(static) nowait
-    for (int64_t row = 0; row < m.rows; row += 4) {
-        if (row + 4 <= m.rows) tiles<Row, 4>(m, row, x, y, n, add);
-        else for (int64_t r = row; r < m.rows; r++) tiles<Row, 1>(m, r, x, y, n, add);
+    for (int64_t row = 0; row < m.rows; row += 8) {
+        bool whole = row + 8 <= m.rows;
+        const float* in = x;
+        float* out = y;
+        for (int64_t left = n; left > 0;) {
+            int64_t step = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+            if (!whole)
+                for (int64_t r = row; step = 1, r < m.rows; r++) tile<Row, 1, 1>(m, r, in, out, add);
+            else if (step == 4) tile<Row, 4, 4>(m, row, in, out, add), tile<Row, 4, 4>(m, row + 4, in, out, add);
+            else if (step == 2) tile<Row, 8, 2>(m, row, in, out, add);
+            else tile<Row, 8, 1>(m, row, in, out, add);
+            left -= step, in += step * m.columns, out += step * m.rows;
+        }
     }
 }
 
