@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openllama.cache import PreallocatedCache
-from openllama.generation.assisted import Lookup
+from openllama.generation.assisted import Lookup, Pace
 from openllama.generation.checks import prepare
 from openllama.generation.state import Sequences
 from tests.draw import examples
@@ -35,7 +35,7 @@ def test_an_assistant_that_is_always_right_saves_most_passes(model):
     twin = make_model()
     ids, few = passes(model, max_new_tokens=30, assistant_model=twin)
     assert torch.equal(ids, greedy)
-    assert (every, few) == (30, 4), "6, 8, 10 and 6 tokens"
+    assert (every, few) == (30, 5), "4, 5, 6, 7 and 8 tokens"
 
 
 def test_an_assistant_that_is_mostly_wrong_changes_nothing(model):
@@ -51,6 +51,83 @@ def test_prompt_lookup_makes_greedy_ids_in_fewer_passes():
     ids, few = passes(model, max_new_tokens=30, prompt_lookup_num_tokens=6)
     assert torch.equal(ids, greedy)
     assert few <= every // 4
+
+
+def test_the_pace_follows_what_was_right():
+    pace = Pace(3)
+
+    def asked(right: int) -> tuple[int, int]:
+        """For how many tokens nothing is guessed, and how many are guessed then, of which ``right`` are right."""
+        pause = 0
+        while not (count := pace.next()):
+            pause += 1
+        pace.learn(count, right)
+        return pause, count
+
+    assert [asked(right) for right in (2, 3, 0, 0, 0, 1, 1, 0)] == [
+        (0, 3), (0, 3), (0, 4), (2, 1), (4, 1), (8, 1), (0, 2), (0, 2),
+    ]  # fmt: skip
+    assert [asked(0) for _ in range(7)] == [(pause, 1) for pause in (2, 4, 8, 16, 32, 64, 64)]
+
+
+def test_no_guess_or_a_short_one_says_nothing_against_a_longer_one():
+    pace = Pace(6)
+    pace.learn(0, 0)
+    assert pace.next() == 6
+    pace.learn(2, 2)
+    assert pace.next() == 6
+
+
+def contrary(wrong_until: float = torch.inf):
+    """The model itself, which as long as the sequence is shorter is sure of the token after the right one."""
+
+    def roll(module, args, output):
+        if output.past_key_values.get_seq_length() < wrong_until:
+            output.logits = output.logits.roll(1, -1)
+        return output
+
+    twin = make_model()
+    twin.register_forward_hook(roll)
+    return twin
+
+
+def tokens_computed(model, new_tokens: int, **settings) -> tuple[torch.Tensor, list[int]]:
+    """Ids, and how many tokens each pass of the model computed."""
+    calls: list[int] = []
+    handle = count_forwards(model, calls)
+    ids = model.generate(PROMPT, max_new_tokens=new_tokens, **settings)
+    handle.remove()
+    return ids, calls
+
+
+def test_an_assistant_that_is_never_right_is_asked_8_times_in_256_tokens(model):
+    greedy, plain = tokens_computed(model, 256)
+    assistant, asked = contrary(), []
+    count_forwards(assistant, asked)
+    ids, calls = tokens_computed(model, 256, assistant_model=assistant)
+    assert torch.equal(ids, greedy)
+    assert len(calls) == len(plain) == 256, "no pass more than without"
+    assert sum(calls) - sum(plain) == len(asked) == 3 + 7, "each token guessed costs a pass of it and a row of ours"
+
+
+def test_an_assistant_that_becomes_right_is_trusted_again(model):
+    greedy, _ = tokens_computed(model, 128)
+    ids, calls = tokens_computed(model, 128, assistant_model=contrary(wrong_until=40))
+    assert torch.equal(ids, greedy)
+    assert calls[:35] == [7, 1, 1, 2, *[1] * 4, 2, *[1] * 8, 2, *[1] * 16, 2], "wrong after 2, 4, 8 and 16 tokens"
+    assert calls[35:] == [*[1] * 32, 2, 3, 4, 5, 6, 7, 8, 9, 10, 7], "right after 32 more, and from there on"
+
+
+def test_a_lookup_that_is_never_right_is_rarely_computed():
+    """Pairs of tokens may not recur, so what followed a token before never follows it again."""
+    model = make_model(vocab_size=14)
+    settings = {"no_repeat_ngram_size": 2, "max_matching_ngram_size": 1}
+    greedy, plain = tokens_computed(model, 60, **settings)
+    ids, calls = tokens_computed(model, 60, prompt_lookup_num_tokens=8, **settings)
+    assert torch.equal(ids, greedy)
+    assert len(calls) == len(plain)
+    guessed = [count - 1 for count in calls[1:] if count > 1]
+    assert guessed == [2, 1, 1, 1, 1], "a token pair that was there, then one token after 2, 4, 8 and 16 others"
 
 
 @examples(25)

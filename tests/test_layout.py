@@ -141,15 +141,41 @@ def test_no_module_needs_a_private_part_of_torch_to_be_imported() -> None:
         assert private <= allowed, path
 
 
-def test_importing_the_package_brings_only_what_models_need() -> None:
-    unneeded = ("transformers", "huggingface_hub", "xformers", "gguf", "matplotlib", "scipy", "pandas", "pytest")
-    unneeded += ("torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint")
-    code = f"import sys, openllama; print(*[name for name in {unneeded!r} if name in sys.modules])"
+MAIN = "import openllama.cli; openllama.cli.main"
+TINY = "checkpoints/open-llama-tiny"
+
+
+@pytest.mark.parametrize(
+    ("start", "of_torch"),
+    [
+        ("import openllama", ()),
+        (f"{MAIN}(['generate', '{TINY}', '--prompt', 'a', '--max-new-tokens', '1', '--greedy'])", ("torch.utils.",)),
+        (f"{MAIN}(['inspect', '{TINY}'])", ("torch.utils.",)),
+    ],
+    ids=["import", "generate", "inspect"],
+)
+def test_starting_imports_little_beside_torch(start: str, of_torch: tuple[str, ...]) -> None:
+    """Imports are most of the time to the first token, and torch's compiler alone takes a second."""
+    code = (
+        f"import sys, torch; before = set(sys.modules); {start}; print('new:', *sorted(set(sys.modules) - before))\n"
+        "print('all:', *sorted(sys.modules))"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
     )
-    assert result.stdout.split() == []
-    assert result.stderr == ""
+    *_, new, everything = (set(line.split()[1:]) for line in result.stdout.splitlines())
+    packages = {name.partition(".")[0] for name in new} - set(sys.stdlib_module_names)
+    assert packages <= {"openllama", "torch", "safetensors", "sentencepiece", "numpy", "tqdm"}
+    assert {name for name in new if name.startswith("torch.") and not name.startswith(of_torch)} == set()
+    assert not new & {"asyncio", "http.server", "multiprocessing", "unittest", "xml"}
+    assert not everything & {"torch._dynamo", "torch._inductor", "torch.distributed.fsdp", "torch.distributed.tensor"}
+    assert not everything & {"sympy", "transformers", "huggingface_hub", "xformers", "gguf", "matplotlib", "pytest"}
+
+
+def test_importing_the_package_says_nothing() -> None:
+    command = [sys.executable, "-c", "import openllama"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    assert (result.stdout, result.stderr) == ("", "")
 
 
 def test_every_public_name_is_there() -> None:

@@ -7,7 +7,7 @@ as without guessing, and sampling draws from the same distribution. (Rounding ap
 model beyond its trained length rotates keys by the length they were computed at, so it may differ there.)
 
 Guesses come from an assistant, a smaller model with the same vocabulary (Leviathan et al. 2023), or, for
-prompt lookup, from the sequence itself: what followed the last time it ended like this.
+prompt lookup, from the sequence itself: what followed the last time it ended like this. ``Pace`` says how many.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ from openllama.outputs import CausalLMOutput
 def guess_ahead(sequences: Sequences, request: Request) -> Iterator[Step]:
     """Yield the next token of the one sequence, (1,), until it has ended or reached the length."""
     source = Lookup(request) if request.assistant is None else Assistant(request.assistant, request)
+    pace = SampledPace() if request.assistant is not None and request.config.do_sample else Pace(source.first)
     while sequences.length < request.config.max_length:
         start = sequences.length
-        guess = source.guess(sequences.ids, request.config.max_length - start - 1)  # (n,)
+        guess = source.guess(sequences.ids, min(pace.next(), request.config.max_length - start - 1))  # (n,)
         sequences.append(guess)
         logits, output = sequences.forward(keep=len(guess) + 1)
         scores = _process(sequences.ids, logits, request)  # (n + 1, V)
         picked = pick(scores, request.config.do_sample, request.generator)
         tokens = picked.tolist()
         right = _count_right(guess.tolist(), tokens)
-        source.learn(right)
+        pace.learn(len(guess), right)
         sequences.crop(start + right)
         sequences.append(picked[right])
 
@@ -66,6 +67,52 @@ def _count_right(guess: list[int], picked: list[int]) -> int:
     return next(wrong, len(guess))
 
 
+class Pace:
+    """How many tokens to guess: ``first``, then one more than were right the last time.
+
+    Wrong guesses cost what it takes to compute them. After one that was wrong from its first token on, 2 tokens are
+    made without guessing, after another 4, then 8, up to 64: a source that is never right is asked 8 times in 256.
+
+        3 guessed, 2 right: 3 next; 3 right: 4 next; none right: 0, 0, 1; none right again: 0, 0, 0, 0, 1
+    """
+
+    def __init__(self, first: int) -> None:
+        self._count, self._pause, self._left = first, 2, 0
+
+    def next(self) -> int:
+        """The number for the next pass."""
+        if self._left == 0:
+            return self._count
+        self._left -= 1
+        return 0
+
+    def learn(self, guessed: int, right: int) -> None:
+        """Of ``guessed`` tokens the first ``right`` were right."""
+        if guessed == 0:
+            return
+        # A guess that was right may have been shorter than asked for, which says nothing against a longer one.
+        self._count = max(right + 1, self._count if right == guessed else 0)
+        self._left, self._pause = (0, 2) if right else (self._pause, min(64, 2 * self._pause))
+
+
+class SampledPace:
+    """That of transformers 4.31.0, when an assistant guesses and tokens are drawn: 5, then 2 more or one less.
+
+    A number is drawn for each token of a guess, so that another pace would draw other tokens under the same seed.
+    """
+
+    def __init__(self) -> None:
+        self._count = 5
+
+    def next(self) -> int:
+        """The number for the next pass."""
+        return self._count
+
+    def learn(self, guessed: int, right: int) -> None:
+        """Two more where all that were wanted were right, else one less."""
+        self._count = max(1, self._count + (2 if right == self._count else -1))
+
+
 class Lookup:
     """Guesses what followed the sequence's ending when it came before.
 
@@ -74,15 +121,17 @@ class Lookup:
     """
 
     def __init__(self, request: Request) -> None:
-        self.count = request.config.prompt_lookup_num_tokens or 0
+        self.first = self.most = request.config.prompt_lookup_num_tokens or 0
         self.longest = request.config.max_matching_ngram_size
 
-    def guess(self, ids: Tensor, room: int) -> Tensor:
-        """Up to ``room`` tokens, (n,), to follow ids (1, L); none where nothing recurs.
+    def guess(self, ids: Tensor, count: int) -> Tensor:
+        """Up to ``count`` tokens, (n,), to follow ids (1, L); none where nothing recurs.
 
         Of several places, the last that as many tokens follow as are wanted, else the first.
         """
-        sequence, wanted = ids[0], min(self.count, room)
+        sequence, wanted = ids[0], min(self.most, count)
+        if wanted == 0:
+            return sequence[:0]
         for size in range(min(self.longest, len(sequence) - 1), 0, -1):
             matches = (sequence[:-1].unfold(0, size, 1) == sequence[-size:]).all(dim=1)
             ends = [place + size for place in matches.nonzero().flatten().tolist()]
@@ -91,15 +140,11 @@ class Lookup:
                 return sequence[end : end + wanted]
         return sequence[:0]
 
-    def learn(self, right: int) -> None:
-        """Nothing: how far it looks is a setting."""
-
 
 class Assistant:
-    """A smaller model that guesses greedily, with a cache of its own.
+    """A smaller model that guesses greedily, with a cache of its own."""
 
-    It tries 5 tokens at first; 2 more after a guess that was right throughout, else one less.
-    """
+    first = 3  # a pass over 4 tokens takes about as long as one over a single token
 
     def __init__(self, model: LanguageModel, request: Request) -> None:
         config = request.config.replace(output_attentions=False, output_hidden_states=False)
@@ -108,25 +153,24 @@ class Assistant:
             mask = mask[:, -request.input_ids.shape[1] :]
         self.request = replace(request, config=config, attention_mask=mask, offset=0, past=None)
         self.ends = request.config.eos_token_ids
-        self.sequences, self.count = Sequences(model, self.request), 5
+        self.sequences = Sequences(model, self.request)
 
-    def guess(self, ids: Tensor, room: int) -> Tensor:
-        """Up to ``room`` tokens, (n,), to follow ids (1, L), and none after one that ends the sequence."""
+    def guess(self, ids: Tensor, count: int) -> Tensor:
+        """Up to ``count`` tokens, (n,), to follow ids (1, L), and none after one that ends the sequence.
+
+        With none wanted, ids are taken note of, and computed with the next guess.
+        """
         length = ids.shape[1]
         known = min(self.sequences.length, length - 1)
         self.sequences.crop(known)  # what came after was guessed, and may have been wrong
         self.sequences.append(ids[:, known:])
-        for _ in range(min(self.count, room)):
+        for _ in range(count):
             logits, _ = self.sequences.forward()
             token = apply(self.request.processors, self.sequences.ids, logits[:, -1]).argmax(dim=-1)
             self.sequences.append(token)
             if self.ends and int(token) in self.ends:
                 break
         return self.sequences.ids[0, length:]
-
-    def learn(self, right: int) -> None:
-        """Set how many tokens to guess next, knowing how many of the last were right."""
-        self.count = max(1, self.count + (2 if right == self.count else -1))
 
 
 def _process(ids: Tensor, logits: Tensor, request: Request) -> Tensor:
