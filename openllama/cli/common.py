@@ -15,6 +15,7 @@ from openllama.checkpoint.hub import local_path
 from openllama.errors import InputError
 from openllama.generation import LogitsProcessor
 from openllama.interface import OpenLlamaForCausalLM
+from openllama.quantized.rounding import FORMATS
 from openllama.tokenizer import OpenLlamaTokenizer
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -27,6 +28,7 @@ SAMPLING = {"temperature": 0.8, "top_k": 0, "top_p": 0.95}  # by default
 def add_model_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("dir", type=Path, help="folder in HF or native layout")
     command.add_argument("--dtype", choices=DTYPES, help="compute in this dtype; default: the checkpoint's")
+    command.add_argument("--quantize", choices=tuple(FORMATS), help="round the matrices when they are loaded")
     command.add_argument("--device", help="cpu, cuda, ...")
     command.add_argument("--attn-implementation", choices=("eager", "sdpa", "xformers"))
 
@@ -50,7 +52,11 @@ def load(options: argparse.Namespace) -> tuple[OpenLlamaForCausalLM, OpenLlamaTo
 
 def _load_model(folder: Path, options: argparse.Namespace) -> OpenLlamaForCausalLM:
     return OpenLlamaForCausalLM.from_pretrained(
-        folder, dtype=options.dtype, device=options.device, attn_implementation=options.attn_implementation
+        folder,
+        dtype=options.dtype,
+        device=options.device,
+        attn_implementation=options.attn_implementation,
+        quantize=options.quantize,
     )
 
 
