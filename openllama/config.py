@@ -273,6 +273,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # what hidden_act may be
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
 }
+QUANTIZATIONS = ("int8", "int4")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
@@ -331,6 +332,7 @@ class OpenLlamaConfig(Settings):
     rope_scaling: dict[str, Any] | None = fixed(None, optional(_rope_scaling), "type and factor")
     num_labels: int = fixed(2, size, "classes of the sequence classifier")
     problem_type: str | None = setting(None, optional(one_of(*PROBLEM_TYPES)), "None: inferred from the labels")
+    quantization: str | None = fixed(None, optional(one_of(*QUANTIZATIONS)), "to what matrices are rounded, None: not")
     output_attentions: bool = setting(False, boolean, "return the attention weights unless a call says otherwise")
     output_hidden_states: bool = setting(False, boolean, "return the hidden states unless a call says otherwise")
     return_dict: bool = setting(True, boolean, "return an output with names, not a tuple, unless a call says otherwise")
@@ -421,6 +423,8 @@ class OpenLlamaConfig(Settings):
         extra = values.pop("extra")
         if len(extra.get("id2label") or ()) != self.num_labels:  # names of other classes
             extra = {key: value for key, value in extra.items() if key not in ("id2label", "label2id")}
+        if self.quantization is None:
+            del values["quantization"]  # transformers has no such key
         return {"model_type": MODEL_TYPE, **extra, **values}
 
     @classmethod

@@ -21,7 +21,7 @@ class Foreign(NamedTuple):
 
 _LOCAL = Foreign("nothing is downloaded; `openllama convert ORG/NAME DST` downloads a checkpoint")
 _ALWAYS = Foreign("give True or False; it is always so", (None, False, True))
-_UNQUANTISED = Foreign("weights are not quantised; dtype=torch.bfloat16 takes half the memory of float32")
+_QUANTISED = Foreign("quantize='int8' or 'int4' rounds the weights")
 _ONE_DEVICE = Foreign("a model is loaded onto one device; give device, or device_map with one device")
 _PARALLEL = Foreign("openllama.parallel.load loads a model in parts")
 _UPLOAD = Foreign("nothing is uploaded; upload the folder with huggingface_hub")
@@ -52,9 +52,9 @@ LOADING: dict[str, Foreign] = {
     "ignore_mismatched_sizes": Foreign(
         "a weight of another shape is an error; `openllama convert --ignore score.weight` leaves a classifier out"
     ),
-    "load_in_8bit": _UNQUANTISED,
-    "load_in_4bit": _UNQUANTISED,
-    "quantization_config": _UNQUANTISED,
+    "load_in_8bit": _QUANTISED,
+    "load_in_4bit": _QUANTISED,
+    "quantization_config": _QUANTISED,
     "max_memory": _ONE_DEVICE,
     "offload_folder": _ONE_DEVICE,
     "offload_state_dict": _ONE_DEVICE,

@@ -20,7 +20,7 @@ from openllama.cache import Appended, Cache, KeyValue
 from openllama.checkpoint.gather import is_spread
 from openllama.checks import check_classification_labels, check_labels, check_tensor, checked_inputs, values_of
 from openllama.config import OpenLlamaConfig
-from openllama.errors import BackendError, InputError, warn
+from openllama.errors import BackendError, ConfigError, InputError, warn
 from openllama.generation import GenerateOutput, GenerationConfig
 from openllama.generation.outputs import Streamer, compute_transition_scores
 from openllama.generation.state import prepare_inputs_for_generation
@@ -43,6 +43,11 @@ class OpenLlamaModel(PretrainedModel, Decoder):
     """
 
     def __init__(self, config: OpenLlamaConfig, attn_implementation: str | None = None) -> None:
+        if config.quantization is not None:
+            raise ConfigError(
+                f"new weights are not quantised, the config says {config.quantization}: use from_pretrained, or make a "
+                "model without quantization, then openllama.quantized.quantize(model)"
+            )
         super().__init__(config)
         self.register_load_state_dict_post_hook(warn_of_unmatched_adapter)
         self.gradient_checkpointing = False
@@ -293,9 +298,20 @@ class OpenLlamaForCausalLM(PretrainedModel, CausalLM):
             self._check_table(tokens)
         if labels is None:
             return
+        self._check_trains(tokens)
         if logits_to_keep:
             raise InputError(f"a loss needs all logits; pass labels or logits_to_keep={logits_to_keep}, not both")
         check_labels(labels, tokens.shape[:2], self.config.vocab_size)
+
+    def _check_trains(self, tokens: Tensor) -> None:
+        """Raise ``InputError`` for a loss in training mode that nothing of a quantised model can follow."""
+        if self.config.quantization is None or not (self.training and torch.is_grad_enabled()):
+            return
+        if not tokens.requires_grad and not any(parameter.requires_grad for parameter in self.parameters()):
+            raise InputError(
+                f"the weights are quantised to {self.config.quantization} and are not trained: add adapters (peft), "
+                "load the model without quantize, or call model.eval() where the loss alone is wanted"
+            )
 
     def _check_table(self, tokens: Tensor) -> None:
         """Raise ``InputError`` where the embedding can use its table, and the head that shares it cannot."""
@@ -317,9 +333,12 @@ class OpenLlamaForCausalLM(PretrainedModel, CausalLM):
 
     def set_output_embeddings(self, module: nn.Linear | SharedHead) -> None:
         """Replace ``lm_head``; where it is tied or shared, only a module that holds the embedding table will do."""
+        if module is self.lm_head:
+            return
+        self._check_changeable()
         table = self.model.embedding.tokens.weight
         shared = isinstance(self.lm_head, SharedHead)
-        if module is self.lm_head or (shared and module is self.get_input_embeddings()):
+        if shared and module is self.get_input_embeddings():
             return
         if not isinstance(module, nn.Linear) or module.bias is not None:
             raise InputError(f"output embeddings must be an nn.Linear without bias, got {module}")

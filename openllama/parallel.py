@@ -99,6 +99,11 @@ def load(
     for that of the mesh, "cpu" under FSDP2's ``CPUOffloadPolicy``. Raises ``CheckpointError`` or ``ConfigError``.
     """
     checkpoint = open_checkpoint(folder, **without_neutral("load", config_overrides, LOADING))
+    if checkpoint.config.quantization is not None:
+        raise InputError(
+            f"{folder} is quantised to {checkpoint.config.quantization}, which is not split over processes; load the "
+            "checkpoint that it was made from, or load this one by from_pretrained"
+        )
     with without_numbers():
         model = kind(checkpoint.config)
     weights = select(checkpoint.tensors, checkpoint.config, model._head)

@@ -26,10 +26,12 @@ from openllama.checkpoint.names import (
     Head,
     Weights,
     floating_dtype,
+    is_plain,
     select,
     unwrap,
     without_numbers,
 )
+from openllama.checkpoint.quantize import quantized_weights
 from openllama.checkpoint.reader import Checkpoint, aligned, open_checkpoint
 from openllama.checkpoint.writer import OURS, write_weights
 from openllama.config import OpenLlamaConfig
@@ -37,6 +39,9 @@ from openllama.dropin import LOADING, SAVING, without_neutral
 from openllama.errors import CheckpointNotFoundError, InputError, listed, warn
 from openllama.generation.config import GENERATION_CONFIG_FILE, GenerationConfig, adopt
 from openllama.model import Inputs, StableEmbedding
+from openllama.quantized import QuantizedEmbedding
+from openllama.quantized import quantize as make_quantized
+from openllama.quantized.modules import QuantizedMatrix, check_quantization
 from openllama.surgery import check_resizable, check_special_ids, own_head, resize_vocabulary
 
 Model = TypeVar("Model", bound="PretrainedModel")
@@ -114,7 +119,10 @@ class PretrainedModel(nn.Module):
         """Numbers in all weights, shared ones counted once; without those of embedding tables if asked."""
         tables = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding) and exclude_embeddings}
         counted = (p for p in self.parameters() if p.requires_grad or not only_trainable)
-        return sum(p.numel() for p in counted if id(p) not in tables)
+        rounded = [m for m in self.modules() if isinstance(m, QuantizedMatrix) and not only_trainable]
+        if exclude_embeddings:
+            rounded = [m for m in rounded if not isinstance(m, QuantizedEmbedding)]
+        return sum(p.numel() for p in counted if id(p) not in tables) + sum(m.numel() for m in rounded)
 
     @property
     def attn_implementation(self) -> str:
@@ -179,6 +187,7 @@ class PretrainedModel(nn.Module):
 
     def set_input_embeddings(self, module: nn.Embedding) -> None:
         """Replace the embedding table by one of the same shape; tied heads follow."""
+        self._check_changeable()
         wanted = (self.config.vocab_size, self.config.hidden_size)
         if not isinstance(module, nn.Embedding):
             raise InputError(f"input embeddings must be an nn.Embedding, got {type(module).__name__}")
@@ -206,6 +215,7 @@ class PretrainedModel(nn.Module):
             size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
         if size == self.config.vocab_size:
             return self.get_input_embeddings()
+        self._check_changeable()
         table, head = self.get_input_embeddings(), own_head(self)
         if is_spread(table.weight):
             raise InputError("the embedding table is spread over processes; resize the vocabulary before sharding")
@@ -215,6 +225,14 @@ class PretrainedModel(nn.Module):
         self.config = resize_vocabulary(table, head, self.config, size)
         self.tie_weights()
         return table
+
+    def _check_changeable(self) -> None:
+        """Raise ``InputError`` where the embedding table or the head cannot be another, as they are quantised."""
+        if self.config.quantization is not None:
+            raise InputError(
+                f"the vocabulary of a model that is quantised to {self.config.quantization} does not change; load the "
+                "model without quantize, change it, then quantise it (openllama.quantized.quantize)"
+            )
 
     def tie_weights(self) -> None:
         """Share the tensors the config wants shared; only a causal-LM head has any."""
@@ -231,6 +249,7 @@ class PretrainedModel(nn.Module):
         device_map: DeviceMap | None = None,
         use_safetensors: bool | None = None,
         config: OpenLlamaConfig | str | PathLike[str] | None = None,
+        quantize: str | None = None,
         **config_overrides: Any,
     ) -> Model:
         """The model stored in ``folder`` (or a file of weights), HF or native, in eval mode.
@@ -240,7 +259,9 @@ class PretrainedModel(nn.Module):
         private copies, never the files. ``device``: None is torch's default; on "meta" no number is read.
         ``device_map``: another way to name the device, "auto" for the accelerator if there is one.
         ``use_safetensors``: True refuses pickles. ``config_overrides`` replace fields of config.json, ``config`` all
-        of it. Other arguments of transformers are accepted where they ask for nothing (see ``dropin.LOADING``).
+        of it. ``quantize``: "int8" or "int4" rounds the matrices (``openllama.quantized``) while they are read, one at
+        a time, so that memory holds little more than the result. Other arguments of transformers are accepted where
+        they ask for nothing (see ``dropin.LOADING``).
 
         A folder of another head serves too: what is left over is warned of, and so is the one weight
         that may be new, a classifier's ``score``. Raises ``CheckpointError``, ``ConfigError`` or ``InputError``.
@@ -253,10 +274,14 @@ class PretrainedModel(nn.Module):
         with torch.device("cpu"):  # files are read there, whatever torch's default device is
             checkpoint = open_checkpoint(folder, config, **config_overrides)
             _check_format(checkpoint, use_safetensors)
+            quantization = check_quantization(quantize, checkpoint.config.quantization, checkpoint.path)
             with without_numbers():
-                model = cls(checkpoint.config)
+                model = cls(dataclasses.replace(checkpoint.config, quantization=None))
             model.set_attn_implementation(attn_implementation)
             weights = select(checkpoint.tensors, checkpoint.config, model._head)
+            if quantization is not None:
+                make_quantized(model.to(dtype or weights.dtype), quantization)
+                weights = quantized_weights(weights, quantize if checkpoint.config.quantization is None else None)
         model.load_state_dict(model._state(weights, dtype or weights.dtype, device), strict=True, assign=True)
         model.tie_weights()
         model.set_attn_implementation(attn_implementation)  # again, now that the device is known
@@ -347,7 +372,7 @@ class PretrainedModel(nn.Module):
         state: dict[str, Tensor] = {}
         places: set[int] = set()
         for name, tensor in weights.tensors.items():
-            tensor = tensor.to(device, dtype).contiguous()
+            tensor = tensor.to(device, dtype if is_plain(name, tensor.dtype) else tensor.dtype).contiguous()
             if tensor.data_ptr() in places:  # a pickle may store two weights as one; they would train as one
                 tensor = tensor.clone()
             places.add(tensor.data_ptr())

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from openllama.checkpoint.names import dtype_name, pattern, select
 from openllama.checkpoint.pieces import Source, as_bytes, pieces
-from openllama.checkpoint.reader import open_checkpoint
+from openllama.checkpoint.reader import Checkpoint, open_checkpoint
 from openllama.config import ACTIVATIONS, OpenLlamaConfig
+from openllama.errors import CheckpointError
 
 #: fields without an effect on the numbers or the texts of a trained model: of training, of new weights, of calls
 PREFERENCES = {"initializer_range", "hidden_dropout_prob", "attention_dropout_prob", "num_labels", "problem_type",
@@ -134,9 +135,20 @@ def diff(
     ``config`` replaces the config.json of both. Raises the errors of ``verify`` for a checkpoint that is not whole.
     """
     mine, theirs = open_checkpoint(a, config), open_checkpoint(b, config)
+    check_same_quantization(mine, theirs)
     weights = select(mine.tensors, mine.config), select(theirs.tensors, theirs.config)
     found = compare(weights[0].tensors, weights[1].tensors, str(a), str(b))
     return replace(found, settings=tuple(differing_settings(mine.config, theirs.config)))
+
+
+def check_same_quantization(a: Checkpoint, b: Checkpoint) -> None:
+    """Raise ``CheckpointError`` for weights that are stored in different ways, which have no numbers in common."""
+    kinds = [of.config.quantization or "not quantised" for of in (a, b)]
+    if kinds[0] != kinds[1]:
+        raise CheckpointError(
+            f"{a.path} is {kinds[0]} and {b.path} is {kinds[1]}: their stored numbers cannot be compared; convert one "
+            "of them with the --quantize of the other first"
+        )
 
 
 def differing_settings(a: OpenLlamaConfig, b: OpenLlamaConfig) -> list[str]:

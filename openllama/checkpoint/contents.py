@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from openllama.checkpoint.compare import Statistics, as_table, by_kind, statistics
-from openllama.checkpoint.names import dtype_name, pattern, select
+from openllama.checkpoint.names import count_parameters, dtype_name, pattern, select
 from openllama.checkpoint.reader import open_checkpoint
 from openllama.config import OpenLlamaConfig
 
@@ -29,7 +29,7 @@ class Inspection:
     config: OpenLlamaConfig
     parameters: int
     bytes: int  # of the weights
-    dtypes: dict[str, int]  # type -> parameters of it
+    dtypes: dict[str, int]  # type -> stored numbers of it, which are the parameters where nothing is quantised
     files: tuple[str, ...]
     weights: dict[str, tuple[str, Shape]]  # native name -> type and shape
     statistics: dict[str, Statistics] | None = None  # by native name, if they were asked for
@@ -40,6 +40,7 @@ class Inspection:
             "stable embedding": config.use_stable_embedding,
             "shared head": config.shared_input_output_embedding,
             "tied head": config.tie_word_embeddings,
+            f"quantised to {config.quantization}": config.quantization is not None,
             f"rope scaling {config.rope_scaling}": config.rope_scaling is not None,
         }
         traits = "".join(f", {name}" for name, on in flags.items() if on)
@@ -104,7 +105,7 @@ def inspect(
         format=checkpoint.format,
         head=weights.head,
         config=checkpoint.config,
-        parameters=dtypes.total(),
+        parameters=count_parameters(weights, checkpoint.config),
         bytes=sum(tensor.nbytes for tensor in tensors.values()),
         dtypes=dict(dtypes.most_common()),
         files=tuple(file.name for file in checkpoint.files),

@@ -16,6 +16,7 @@ from openllama.checkpoint.gguf import Q8_0, write_gguf
 from openllama.checkpoint.hub import fetch, local_path
 from openllama.checkpoint.names import Weights, dtype_name, floating_dtype, is_buffer, select, without
 from openllama.checkpoint.progress import ShownProgress
+from openllama.checkpoint.quantize import check_unquantized, quantized_export
 from openllama.checkpoint.reader import Checkpoint, open_checkpoint
 from openllama.checkpoint.record import Record, SourceSums
 from openllama.checkpoint.reports import (
@@ -43,6 +44,7 @@ def convert(
     to: str = "native",
     config: OpenLlamaConfig | str | PathLike[str] | None = None,
     dtype: torch.dtype | str | None = None,
+    quantize: str | None = None,
     ignore: Collection[str] = (),
     revision: str | None = None,
     max_shard_size: int | str | None = None,
@@ -57,27 +59,28 @@ def convert(
     ``to``: "native" is the layout of this package, "hf" what transformers 4.31.0 reads as Open-Llama, "llama" a plain
     LLaMA with the stable embedding folded in, for current transformers and others, all of them folders; "gguf" is one
     file, DST.gguf, for llama.cpp. ``config`` replaces the config.json of ``src``. ``dtype`` (e.g. "bfloat16", for gguf
-    also "q8_0") casts the weights; None keeps every bit. ``ignore``: shell patterns of weights to leave out. The files
-    of the tokenizer and of the generation config are copied. ``max_shard_size``: of the largest file, 5 GB if None; not
-    for gguf and adapters, which are one file. Tensors are processed in pieces, so memory use does not
-    grow with the model. Each file is read back from the disk and compared before the result appears as ``dst``; after
-    an error ``dst`` is unchanged. After Ctrl-C, ``SystemExit`` or a kill, the next call with the same arguments keeps
-    the files that are verified.
+    also "q8_0") casts the weights; None keeps every bit. ``quantize``: "int8" or "int4" rounds the matrices, in native
+    layout alone, from the numbers of the source; ``dtype`` is then of the other weights. ``ignore``: shell
+    patterns of weights to leave out. The files of the tokenizer and of the generation config are copied.
+    ``max_shard_size``: of the largest file, 5 GB if None; not for gguf and adapters, which are one file. Tensors are
+    processed in pieces, so memory use does not grow with the model. Each file is read back from the disk and compared
+    before the result appears as ``dst``; after an error ``dst`` is unchanged. After Ctrl-C, ``SystemExit`` or a kill,
+    the next call with the same arguments keeps the files that are verified.
 
     Raises ``CheckpointError`` or a subclass of it, ``ConfigError`` also for what the other program does not
     compute, ``TokenizerError`` for a tokenizer that it does not have, or ``OSError`` if the disk is full.
     """
-    _check_form(to, dtype, max_shard_size)
+    _check_form(to, dtype, quantize, max_shard_size)
     cast_to = None if dtype == Q8_0 else floating_dtype(dtype)
     dst = Path(dst).expanduser()
     if to != "gguf" and not local_path(src).exists():
         check_destination(dst, overwrite)  # before a download
     src = fetch(src, revision)
     if is_adapter(src):
-        if ignore or config is not None or max_shard_size is not None:
+        if ignore or config is not None or max_shard_size is not None or quantize is not None:
             raise InputError(
-                f"{src} is an adapter: ignore (--ignore), config (--config) and max_shard_size (--max-shard-size) are "
-                "for models"
+                f"{src} is an adapter: ignore (--ignore), config (--config), max_shard_size (--max-shard-size) and "
+                "quantize (--quantize) are for models"
             )
         return convert_adapter(src, dst, to, dtype=dtype, overwrite=overwrite)
     with heard() as warnings:
@@ -89,16 +92,26 @@ def convert(
         check_places(src, dst, overwrite, _may_be_replaced, "not a checkpoint")
         check_tokenizer(source.folder, source.config.vocab_size, is_needed=source.path.is_dir())
         check_generation_config(source.folder)
+        check_unquantized(source.config, quantize)
         exported = export(to, weights, source.config, cast_to, source.folder)
+        if quantize is not None:
+            exported = quantized_export(exported, quantize)
         warnings += remarks(weights, source.config)
         dtype_after = None if cast_to is None else dtype_name(cast_to)
-        record = Record(to, dtype_after, _left_out(source, chosen, weights), warnings)  # warnings may still come
+        record = Record(
+            to, dtype_after, quantize, _left_out(source, chosen, weights), warnings
+        )  # warnings may still come
         with finished_folder(dst, REPLACED, overwrite, resume=True) as folder:
             _fill_folder(folder, source, exported, record, max_shard_size or SHARD_SIZE, progress)
 
 
-def _check_form(to: str, dtype: torch.dtype | str | None, max_shard_size: int | str | None) -> None:
+def _check_form(
+    to: str, dtype: torch.dtype | str | None, quantize: str | None, max_shard_size: int | str | None
+) -> None:
     """Raise ``InputError`` for an unknown form, and for what its files cannot have."""
+    if quantize is not None and to != "native":
+        hint = f"; for llama.cpp, dtype {Q8_0}" if to == "gguf" else ""
+        raise InputError(f"quantize (--quantize) is for native alone, not for {to}{hint}")
     if dtype == Q8_0 and to != "gguf":
         raise InputError(f"dtype {Q8_0} is for gguf alone, not for {to}")
     if to not in (*FORMS, "gguf"):
@@ -155,6 +168,7 @@ def _made_from(files: SourceFiles, config: OpenLlamaConfig, record: Record) -> d
         "source": files.identity(),
         "config": config.to_dict(),
         "dtype": record.dtype,
+        "quantization": record.quantization,
         "to": record.to,
         "left_out": record.left_out,  # of two sources of a weight, the other may have been chosen
     }

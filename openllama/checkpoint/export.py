@@ -91,6 +91,15 @@ def to_llama(weights: Weights, config: OpenLlamaConfig, dtype: torch.dtype | Non
     return Export(llama_tensors(weights, config, dtype), files)
 
 
+def check_stored(config: OpenLlamaConfig, to: str, dtype: object = None) -> None:
+    """Raise ``InputError`` for quantised weights that are to be written in another form or type."""
+    if config.quantization is not None and (to != "native" or dtype is not None):
+        raise InputError(
+            f"the weights are quantised to {config.quantization}, not {to if dtype is None else dtype}; "
+            "convert the checkpoint that they were made from"
+        )
+
+
 def check_llama(config: OpenLlamaConfig, to: str) -> None:
     """Raise ``ConfigError`` if no plain LLaMA computes the same."""
     if config.rope_scaling is not None and config.rope_scaling["type"] == "dynamic":
@@ -181,4 +190,5 @@ def export(
     """
     if to not in FORMS:
         raise InputError(f"{to!r} is not one of {', '.join(FORMS)}")
+    check_stored(config, to, dtype)
     return FORMS[to](weights, config, dtype, folder)

@@ -7,6 +7,7 @@ frequencies (``inv_freq``); they follow from the configuration, so they are chec
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from openllama.config import NATIVE_TYPE, OpenLlamaConfig
 from openllama.errors import ConfigError, InputError, KeyMismatchError, listed, warn
 from openllama.model import CausalLM
+from openllama.quantized.rounding import FORMATS, Format
 from openllama.rope import frequencies
 
 Shape = tuple[int, ...]
@@ -69,7 +71,16 @@ WRAPPERS = (  # what trainers put in front of a name, or of the part of it that 
 )
 EMBEDDING, LM_HEAD, SCORE = "model.embedding.tokens.weight", "lm_head.weight", "score.weight"
 NORM = "model.embedding.norm.weight"  # of a stable embedding
-HEADS = (LM_HEAD, SCORE)
+MATRICES = {name for name in NATIVE_TO_HF if name.endswith("proj.weight")} | {EMBEDDING, LM_HEAD}  # may be quantised
+
+
+def scale_name(name: str) -> str:
+    """The name of the scales of a quantised matrix: ``lm_head.weight`` -> ``lm_head.scale``."""
+    return name.removesuffix("weight") + "scale"
+
+
+SCALES = {scale_name(name) for name in MATRICES}
+HEADS = (LM_HEAD, scale_name(LM_HEAD), SCORE)
 _FIRST_LAYER = f"{PREFIX}layers.0."
 ARCHITECTURES: dict[Head, str] = {
     "body": "OpenLlamaModel",
@@ -77,7 +88,7 @@ ARCHITECTURES: dict[Head, str] = {
     "classifier": "OpenLlamaForSequenceClassification",
 }
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_TO_NATIVE = {"hf": HF_TO_NATIVE, "native": {name: name for name in NATIVE_TO_HF}}
+_TO_NATIVE = {"hf": HF_TO_NATIVE, "native": {name: name for name in (*NATIVE_TO_HF, *SCALES)}}
 _WRAPPED = re.compile(rf"(?:(?<=\.)|^)(?:{'|'.join(map(re.escape, WRAPPERS))})+")
 _LAYER_NUMBER = re.compile(r"(?<=^model\.layers\.)(0|[1-9]\d*)(?=\.)")
 
@@ -92,6 +103,7 @@ class Problems:
     missing: list[str] = field(default_factory=list)
     misshaped: list[str] = field(default_factory=list)
     not_floating: list[str] = field(default_factory=list)
+    mistyped: list[str] = field(default_factory=list)
 
     def check(self, hint: str = "Does the config.json belong to them?") -> None:
         """Raise ``KeyMismatchError`` that lists the first entries of each kind, if there are any."""
@@ -102,6 +114,7 @@ class Problems:
             "missing": "missing",
             "misshaped": "of the wrong shape",
             "not_floating": "not of a floating-point type",
+            "mistyped": "not of the type of the quantisation",
         }
         found = [(titles[name], entries) for name, entries in dataclasses.asdict(self).items() if entries]
         if found:
@@ -124,8 +137,11 @@ class Weights:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of all weights, or the narrowest type that holds each of them without rounding."""
-        return reduce(torch.promote_types, {tensor.dtype for tensor in self.tensors.values()})
+        """The type of all weights, or the narrowest type that holds each of them without rounding.
+
+        Of a quantised model it is that of the weights that are not.
+        """
+        return reduce(torch.promote_types, {t.dtype for name, t in self.tensors.items() if is_plain(name, t.dtype)})
 
     def described_by(self, config: OpenLlamaConfig, dtype: torch.dtype | None = None) -> OpenLlamaConfig:
         """``config`` as a folder in native layout says it, with ``architectures`` and ``torch_dtype`` of these weights.
@@ -172,8 +188,16 @@ class _NoNormal(TorchFunctionMode):
         return kwargs["tensor"] if function is nn.init.normal_ else function(*args, **kwargs)
 
 
+def is_plain(name: str, dtype: torch.dtype) -> bool:
+    """Whether it is a weight by itself, neither the integers of a quantised matrix nor their scales."""
+    return dtype in FLOATING and pattern(name) not in SCALES
+
+
 def expected_shapes(config: OpenLlamaConfig, head: Head = "causal-lm") -> dict[str, Shape]:
-    """Full native name -> shape of every weight that a file must hold; a tied ``lm_head`` is not among them."""
+    """Full native name -> shape of every weight that a file must hold; a tied ``lm_head`` is not among them.
+
+    Where the config has ``quantization``, a matrix is an integer weight and a scale.
+    """
     with without_numbers():
         model = CausalLM(dataclasses.replace(config, num_hidden_layers=1))
     one = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
@@ -186,7 +210,31 @@ def expected_shapes(config: OpenLlamaConfig, head: Head = "causal-lm") -> dict[s
         shapes.pop(LM_HEAD, None)
     if head == "classifier":
         shapes[SCORE] = (config.num_labels, config.hidden_size)
-    return shapes
+    return shapes if config.quantization is None else dict(_stored_shapes(shapes, FORMATS[config.quantization]))
+
+
+def count_parameters(weights: Weights, config: OpenLlamaConfig) -> int:
+    """Numbers in all weights; in those of a quantised matrix, not in how they are stored."""
+    shapes = expected_shapes(dataclasses.replace(config, quantization=None), weights.head)
+    return sum(math.prod(shapes[name]) for name in weights.tensors if pattern(name) not in SCALES)
+
+
+def _stored_shapes(shapes: Mapping[str, Shape], form: Format) -> Iterator[tuple[str, Shape]]:
+    for name, shape in shapes.items():
+        if pattern(name) in MATRICES:
+            weight, scale = form.shapes(*shape)
+            yield name, weight
+            yield scale_name(name), scale
+        else:
+            yield name, shape
+
+
+def _expected_types(name: str, config: OpenLlamaConfig) -> tuple[torch.dtype, ...]:
+    """The types that a weight of a model of ``config`` may have."""
+    if config.quantization is None or pattern(name) not in MATRICES | SCALES:
+        return FLOATING
+    form = FORMATS[config.quantization]
+    return (form.scale_dtype if pattern(name) in SCALES else form.weight_dtype,)
 
 
 def check_layers(names: Collection[str], config: OpenLlamaConfig) -> None:
@@ -259,9 +307,9 @@ def select(tensors: Mapping[str, Tensor], config: OpenLlamaConfig, head: Head | 
     problems.unexpected += sorted(found.keys() - expected.keys())
     problems.missing += sorted(expected.keys() - found.keys() - {SCORE})
     for name in sorted(found.keys() & expected.keys()):
-        _check_shape(name, found[name], expected[name], problems)
+        _check_shape(name, found[name], expected[name], _expected_types(name, config), problems)
     for name, tensor in inv_freq.items():
-        _check_shape(name, tensor, (config.head_dim // 2,), problems)
+        _check_shape(name, tensor, (config.head_dim // 2,), FLOATING, problems)
     problems.check(_hint(found, config))
     _check_inv_freq(inv_freq)
     _warn_unused(unused, found[EMBEDDING], config, head)
@@ -352,15 +400,23 @@ def _is_bare(names: Collection[str]) -> bool:
     return not any(name in HEADS or name.startswith(PREFIX) for name in names)
 
 
-def _check_shape(name: str, tensor: Tensor, expected: Shape, problems: Problems) -> None:
+def _check_shape(
+    name: str, tensor: Tensor, expected: Shape, types: tuple[torch.dtype, ...], problems: Problems
+) -> None:
     if tuple(tensor.shape) != expected:
         problems.misshaped.append(f"{name} is {tuple(tensor.shape)}, the configuration implies {expected}")
-    if tensor.dtype not in FLOATING:
-        problems.not_floating.append(f"{name} is {tensor.dtype}")
+    if tensor.dtype not in types:
+        (problems.not_floating if types == FLOATING else problems.mistyped).append(f"{name} is {tensor.dtype}")
 
 
 def _hint(found: Mapping[str, Tensor], config: OpenLlamaConfig) -> str:
     """What to do about weights that do not fit ``config``."""
+    has_scales = any(pattern(name) in SCALES for name in found)
+    if config.quantization is not None and not has_scales:
+        return f"They are not quantised; to round them, load them with quantize={config.quantization!r}"
+    if has_scales and EMBEDDING in found:
+        kinds = [name for name, form in FORMATS.items() if form.weight_dtype == found[EMBEDDING].dtype]
+        return f"They are quantised; is their config.json the one with quantization {' or '.join(kinds)}?"
     if config.use_stable_embedding and NORM not in found and EMBEDDING in found:
         return (
             "They have no stable embedding, as a plain LLaMA; its config.json says model_type llama, or "
@@ -392,6 +448,8 @@ def _check_inv_freq(inv_freq: Mapping[str, Tensor]) -> None:
 
 def _warn_unused(unused: Mapping[str, Tensor], embedding: Tensor, config: OpenLlamaConfig, head: Head) -> None:
     for name, tensor in unused.items():
+        if name == scale_name(LM_HEAD):
+            continue  # said of lm_head.weight
         if name == SCORE or head != "causal-lm":
             warn(f"{name} is not used: this model has no such head")
         elif config.shared_input_output_embedding:

@@ -24,19 +24,23 @@ Tick = Callable[[int], object]  # called with the number of bytes done
 
 @dataclass(frozen=True)
 class Computed:
-    """``function`` of each row of ``source``, of the same shape, in ``dtype``; without a function, a cast."""
+    """``function`` of each row of ``source``, in ``dtype``; without a function, a cast.
+
+    ``row``: the shape of a row of the result, None for that of the source.
+    """
 
     source: Tensor
     dtype: torch.dtype
     function: Callable[[Tensor], Tensor] | None = None
+    row: tuple[int, ...] | None = None
 
     @property
     def shape(self) -> torch.Size:
-        return self.source.shape
+        return self.source.shape if self.row is None else torch.Size((self.source.shape[0], *self.row))
 
     @property
     def nbytes(self) -> int:
-        return self.source.numel() * self.dtype.itemsize
+        return self.shape.numel() * self.dtype.itemsize
 
     def of(self, piece: Tensor) -> Tensor:
         return (piece if self.function is None else self.function(piece)).to(self.dtype)
@@ -100,7 +104,9 @@ def count_nonfinite(piece: Tensor) -> int:
 
 
 def count_subnormal(piece: Tensor) -> int:
-    """Numbers too small for the full precision of their type, but not zero."""
+    """Numbers too small for the full precision of their type, but not zero; integers are none."""
+    if not piece.is_floating_point():
+        return 0
     size, tiny = piece.abs(), torch.finfo(piece.dtype).tiny
     if not piece.numel() or size.min() >= tiny:  # most pieces; counting takes ten times as long
         return 0

@@ -28,6 +28,7 @@ class Record:
 
     to: str
     dtype: str | None  # the type that weights were cast to; None: each has kept its own
+    quantization: str | None = None  # of matrices
     left_out: dict[str, str] = field(default_factory=dict)  # name in the source -> why
     warnings: list[str] = field(default_factory=list)
 

@@ -25,7 +25,7 @@ def warn_of_numbers(written: Mapping[str, Written]) -> None:
 def remarks(weights: Weights, config: OpenLlamaConfig) -> list[str]:
     """What is unusual but no fault, for the record alone: a row of padding that is not zero."""
     row = config.padding_idx
-    if row is None or not weights.tensors[EMBEDDING][row].any():
+    if row is None or config.quantization is not None or not weights.tensors[EMBEDDING][row].any():
         return []
     return [f"row {row} of {EMBEDDING}, of pad_token_id, is not zero: the model was trained with another padding id"]
 

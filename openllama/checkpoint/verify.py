@@ -10,9 +10,9 @@ from pathlib import Path
 from torch import Tensor
 
 from openllama.checkpoint.archives import check_sums, is_archive
-from openllama.checkpoint.compare import Comparison, compare, differing_settings
+from openllama.checkpoint.compare import Comparison, check_same_quantization, compare, differing_settings
 from openllama.checkpoint.export import folded
-from openllama.checkpoint.names import EMBEDDING, dtype_name, select
+from openllama.checkpoint.names import EMBEDDING, count_parameters, dtype_name, select
 from openllama.checkpoint.pieces import Source, as_dtype, is_copy, pieces
 from openllama.checkpoint.reader import open_checkpoint
 from openllama.checkpoint.record import SourceSums, check_record
@@ -58,7 +58,8 @@ def verify(
     folded first. Raises a ``CheckpointError`` that names wrong weights, or settings that differ.
     """
     checkpoint = open_checkpoint(path, config)
-    tensors = select(checkpoint.tensors, checkpoint.config).tensors
+    selected = select(checkpoint.tensors, checkpoint.config)
+    tensors = selected.tensors
     with SourceSums(filter(is_archive, checkpoint.files), check_sums) as sums:
         recorded = checkpoint.path.is_dir() and check_record(checkpoint.folder, checkpoint.tensors)
         broken = [name for name, tensor in tensors.items() if not all(p.isfinite().all() for p in pieces(tensor))]
@@ -68,6 +69,7 @@ def verify(
     is_folded, rounded_to, rounding = False, None, None
     if against is not None:
         other = open_checkpoint(against, config)
+        check_same_quantization(checkpoint, other)
         weights, their_config = select(other.tensors, other.config), other.config
         theirs: Mapping[str, Source] = weights.tensors
         if is_folded := their_config.use_stable_embedding and not checkpoint.config.use_stable_embedding:
@@ -84,7 +86,7 @@ def verify(
     return Verification(
         path=Path(path),
         tensors=len(tensors),
-        parameters=sum(tensor.numel() for tensor in tensors.values()),
+        parameters=count_parameters(selected, checkpoint.config),
         bytes=sum(tensor.nbytes for tensor in tensors.values()),
         recorded=recorded,
         against=None if against is None else Path(against),

@@ -17,6 +17,7 @@ from openllama.checkpoint.writer import SHARD_SIZE
 from openllama.cli.common import DTYPES, Commands
 from openllama.errors import CheckpointError
 from openllama.interface import OpenLlamaForCausalLM
+from openllama.quantized.rounding import FORMATS
 from openllama.tokenizer import OpenLlamaTokenizer
 
 PROMPT = "Attention is all you need. 春江潮水连海平，海上明月共潮生。"
@@ -36,6 +37,7 @@ def add_commands(commands: Commands) -> None:
     command.add_argument(
         "--dtype", choices=(*DTYPES, Q8_0), help="cast the weights (q8_0: gguf only); default: keep their type"
     )
+    command.add_argument("--quantize", choices=tuple(FORMATS), help="round the matrices, for native only")
     command.add_argument("--revision", help="branch, tag or commit of ORG/NAME (default: main)")
     command.add_argument(
         "--ignore",
@@ -78,6 +80,7 @@ def _convert(options: argparse.Namespace) -> None:
         to=options.to,
         config=options.config,
         dtype=options.dtype,
+        quantize=options.quantize,
         ignore=options.ignore,
         revision=options.revision,
         max_shard_size=options.max_shard_size,

@@ -15,6 +15,7 @@ from openllama.checkpoint.hub import local_path
 from openllama.errors import InputError
 from openllama.generation import LogitsProcessor
 from openllama.interface import OpenLlamaForCausalLM
+from openllama.quantized.rounding import FORMATS
 from openllama.tokenizer import OpenLlamaTokenizer
 
 if TYPE_CHECKING:
@@ -30,9 +31,12 @@ SAMPLING = {"temperature": 0.8, "top_k": 0, "top_p": 0.95}  # by default
 def add_model_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("dir", type=Path, help="folder in HF or native layout")
     command.add_argument("--dtype", choices=DTYPES, help="compute in this dtype; default: the checkpoint's")
+    command.add_argument("--quantize", choices=tuple(FORMATS), help="round the matrices when they are loaded")
     command.add_argument("--device", help="cpu, cuda, ...")
     command.add_argument("--attn-implementation", choices=("eager", "sdpa", "xformers"))
-    command.add_argument("--fast", action="store_true", help="decode by loops compiled for this processor (CPU)")
+    command.add_argument(
+        "--fast", action="store_true", help="decode by loops compiled for this CPU, as quantised models do"
+    )
 
 
 def load(options: argparse.Namespace) -> tuple[OpenLlamaForCausalLM | FastModel, OpenLlamaTokenizer]:
@@ -54,9 +58,13 @@ def load(options: argparse.Namespace) -> tuple[OpenLlamaForCausalLM | FastModel,
 
 def _load_model(folder: Path, options: argparse.Namespace) -> OpenLlamaForCausalLM | FastModel:
     model = OpenLlamaForCausalLM.from_pretrained(
-        folder, dtype=options.dtype, device=options.device, attn_implementation=options.attn_implementation
+        folder,
+        dtype=options.dtype,
+        device=options.device,
+        attn_implementation=options.attn_implementation,
+        quantize=options.quantize,
     )
-    if not options.fast:
+    if not (options.fast or (model.config.quantization and model.device.type == "cpu")):
         return model
     from openllama.inference import fast  # here, as it is rarely wanted
 

@@ -4,6 +4,8 @@
     quick = fast(model)
     quick.generate(ids, max_new_tokens=100)
 
+The weights may be quantised: ``from_pretrained(folder, quantize="int8")`` or ``quantize(model, "int4")``.
+
 decoding     the model that decodes by loops
 loops        hands them the weights, and checks that they compute what the model does
 structs      how it does so
@@ -12,5 +14,6 @@ kernels.cpp  the loops: a pass of a few tokens through the whole model
 """
 
 from openllama.inference.decoding import FastModel, fast
+from openllama.quantized import quantize
 
-__all__ = ["FastModel", "fast"]
+__all__ = ["FastModel", "fast", "quantize"]

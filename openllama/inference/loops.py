@@ -12,9 +12,10 @@ from openllama.attention import BACKENDS
 from openllama.cache import PreallocatedCache
 from openllama.errors import BackendError
 from openllama.inference.compiler import library, most_rows
-from openllama.inference.structs import KINDS, Layer, Matrix, Model, Pass
+from openllama.inference.structs import KINDS, QUANTIZED, Layer, Matrix, Model, Pass
 from openllama.interface import OpenLlamaForCausalLM, OpenLlamaModel
 from openllama.model import MLP, Attention, DecoderLayer, RMSNorm, SharedHead, StableEmbedding
+from openllama.quantized.modules import QuantizedEmbedding, QuantizedLinear, QuantizedMatrix, QuantizedSharedHead
 
 
 class Loops:
@@ -93,6 +94,9 @@ class Loops:
 
     def _matrix(self, module: Any) -> Matrix:
         weight = module.weight
+        if isinstance(module, QuantizedMatrix):
+            shape = (len(weight), module.columns)
+            return Matrix(self._address(weight), self._address(module.scale), *shape, QUANTIZED[module.bits])
         return Matrix(self._address(weight), None, *weight.shape, KINDS[weight.dtype])
 
     def _address(self, tensor: Tensor) -> int:
@@ -129,7 +133,7 @@ def _check(model: OpenLlamaForCausalLM) -> None:
     for module, kind in _expected(model):
         if type(module) is not kind or "forward" in vars(module):
             raise BackendError(f"the loops compute {kind.__name__}, the model has {type(module).__name__} in its place")
-        weight = getattr(module, "weight", None)
+        weight = None if isinstance(module, QuantizedMatrix) else getattr(module, "weight", None)
         if isinstance(weight, Tensor) and (weight.dtype not in KINDS or not weight.is_contiguous()):
             raise BackendError(f"the loops read contiguous float32 and bfloat16, the model has {weight.dtype}")
 
@@ -141,8 +145,16 @@ def _expected(model: OpenLlamaForCausalLM) -> list[tuple[nn.Module, type[nn.Modu
     for layer in decoder.layers:
         modules += [(layer, DecoderLayer), (layer.attention, Attention), (layer.mlp, MLP)]
         modules += [(layer.attention_norm, RMSNorm), (layer.mlp_norm, RMSNorm)]
-        modules += [(linear, nn.Linear) for linear in _linears(layer)]
+        modules += [(linear, _linear_kind(linear)) for linear in _linears(layer)]
     modules += [(decoder.norm, RMSNorm)]
+    table = model.get_input_embeddings()
+    if isinstance(table, QuantizedEmbedding) and isinstance(model.lm_head, SharedHead):
+        return [*modules, (model.lm_head, QuantizedSharedHead), (table, QuantizedEmbedding)]
     if isinstance(model.lm_head, SharedHead):
-        return [*modules, (model.lm_head, SharedHead), (_head(model), nn.Embedding)]
-    return [*modules, (model.lm_head, nn.Linear)]
+        return [*modules, (model.lm_head, SharedHead), (table, nn.Embedding)]
+    return [*modules, (model.lm_head, _linear_kind(model.lm_head))]
+
+
+def _linear_kind(module: nn.Module) -> type[nn.Module]:
+    """Which of the two kinds of matrices a module has to be."""
+    return QuantizedLinear if isinstance(module, QuantizedLinear) else nn.Linear

@@ -1,0 +1,155 @@
+"""What rounding costs: how far a quantised model is from itself in float32, beside llama.cpp's formats.
+
+    python benchmarks/quality.py --text shakespeare.txt --text classical_chinese.txt [--random] ...
+
+One table is of the model in checkpoints/ on the held-out tenth of each text (that of scripts/train_tiny.py), another,
+with --random, of random weights in the shape of aerner/lm-v2 on random ids. Q8_0 and Q4_0 are rounded and restored by
+the package gguf, and computed by this package, as all rows: in float32, but for those named otherwise. KL is the mean of
+KL(float32 || row) over all predicted tokens, in nats; "same token" how often both find the same token most likely.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from openllama import OpenLlamaConfig, OpenLlamaForCausalLM, OpenLlamaTokenizer
+from openllama.quantized import quantize
+from openllama.quantized.rounding import FORMATS, GROUP, integers, nearest_scale
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+from train_tiny import read_text  # noqa: E402
+
+Variant = Callable[[OpenLlamaForCausalLM], OpenLlamaForCausalLM]
+
+
+def nearest_int4(matrix: Tensor) -> Tensor:
+    """The groups of int4, each with the scale that clips nothing."""
+    groups, form = _whole_groups(matrix).view(-1, GROUP).T, FORMATS["int4"]
+    scale = nearest_scale(groups, form).float()
+    return (integers(groups, scale, form) * scale).T.reshape(len(matrix), -1)[:, : matrix.shape[1]]
+
+
+def by_gguf(kind: str) -> Callable[[Tensor], Tensor]:
+    """A format of llama.cpp; rows that are not whole blocks are filled up with zeros, as int4 does."""
+    import gguf
+
+    of = gguf.GGMLQuantizationType[kind]
+
+    def restored(matrix: Tensor) -> Tensor:
+        rows = _whole_groups(matrix).numpy().astype(np.float32)
+        return torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(rows, of), of))[:, : matrix.shape[1]]
+
+    return restored
+
+
+def _whole_groups(matrix: Tensor) -> Tensor:
+    return F.pad(matrix.detach(), (0, -matrix.shape[1] % GROUP))
+
+
+def replaced(restored: Callable[[Tensor], Tensor]) -> Variant:
+    """Each matrix of a model by what is restored of it."""
+
+    def variant(model: OpenLlamaForCausalLM) -> OpenLlamaForCausalLM:
+        for module in model.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                module.weight.data = restored(module.weight).contiguous()
+        return model
+
+    return variant
+
+
+VARIANTS: dict[str, Variant] = {
+    "bfloat16": lambda model: model.bfloat16(),
+    "int8": lambda model: quantize(model, "int8"),
+    "int8 in bfloat16": lambda model: quantize(model, "int8").bfloat16(),
+    "Q8_0": lambda model: replaced(by_gguf("Q8_0"))(model),
+    "int4": lambda model: quantize(model, "int4"),
+    "int4 in bfloat16": lambda model: quantize(model, "int4").bfloat16(),
+    "int4, nearest": replaced(nearest_int4),
+    "Q4_0": lambda model: replaced(by_gguf("Q4_0"))(model),
+}
+
+
+@torch.inference_mode()
+def table(model: OpenLlamaForCausalLM, windows: Tensor) -> Iterator[str]:
+    """A line of Markdown for each variant of a float32 model on windows (N, T) of ids."""
+    targets = windows[:, 1:].flatten()
+    expected = _log_probabilities(model, windows)
+    yield "| weights | perplexity | KL, nats | same token, % | mean error of logits |\n| --- |" + " ---: |" * 4
+    yield f"| float32 | {_perplexity(expected, targets):.3f} | 0 | 100 | 0 |"
+    reference = torch.cat([model(window[None]).logits[0, :-1] for window in windows])
+    for name, variant in VARIANTS.items():
+        changed = variant(copy.deepcopy(model))
+        logits = torch.cat([changed(window[None]).logits[0, :-1].float() for window in windows])
+        found = logits.log_softmax(-1)
+        kl = (expected.exp() * (expected - found)).sum(-1).mean()
+        same = (expected.argmax(-1) == found.argmax(-1)).float().mean()
+        error = (logits - reference).abs().mean()
+        yield f"| {name} | {_perplexity(found, targets):.3f} | {kl:.6f} | {100 * same:.2f} | {error:.4f} |"
+
+
+def _log_probabilities(model: OpenLlamaForCausalLM, windows: Tensor) -> Tensor:
+    return torch.cat([model(window[None]).logits[0, :-1].log_softmax(-1) for window in windows])
+
+
+def _perplexity(log_probabilities: Tensor, targets: Tensor) -> float:
+    return math.exp(F.nll_loss(log_probabilities, targets))
+
+
+def held_out_windows(folder: Path, text: Path, tokens: int) -> Tensor:
+    """The first ``tokens`` of the held-out part of ``text``, as rows of the context of the model."""
+    tokenizer = OpenLlamaTokenizer.from_pretrained(folder)
+    context = OpenLlamaConfig.from_pretrained(folder).max_position_embeddings
+    count = max(1, tokens // context)
+    ids = tokenizer(read_text(text).held_out, return_tensors="pt").input_ids[0]
+    return ids[: count * context].unfold(0, context, context)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, default=ROOT / "checkpoints" / "open-llama-tiny")
+    parser.add_argument("--text", type=Path, action="append", default=[], help="as of train_tiny.py; may be repeated")
+    parser.add_argument("--tokens", type=int, default=16384, help="of each text")
+    parser.add_argument("--random", action="store_true", help="also random weights of the shape that follows")
+    parser.add_argument("--vocab-size", type=int, default=100000)
+    parser.add_argument("--hidden-size", type=int, default=2048)
+    parser.add_argument("--intermediate-size", type=int, default=11008)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--random-tokens", type=int, default=64)
+    options = parser.parse_args()
+    print(f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    for text in options.text:
+        windows = held_out_windows(options.model, text, options.tokens)
+        print(f"\n{options.model.name}, {windows.numel():,} held-out tokens of {text.name}\n")
+        model = OpenLlamaForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+        print(*table(model, windows), sep="\n", flush=True)
+    if not options.text:
+        print("no --text was given: nothing is said about the trained model")
+    if options.random:
+        torch.manual_seed(0)
+        config = OpenLlamaConfig(
+            vocab_size=options.vocab_size,
+            hidden_size=options.hidden_size,
+            intermediate_size=options.intermediate_size,
+            num_hidden_layers=options.layers,
+            num_attention_heads=options.hidden_size // 64,
+        )
+        model = OpenLlamaForCausalLM(config).eval()
+        print(f"\nrandom weights, {model.num_parameters():,} parameters, {options.random_tokens} random tokens\n")
+        print(*table(model, torch.randint(4, config.vocab_size, (1, options.random_tokens))), sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
