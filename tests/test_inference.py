@@ -20,9 +20,11 @@ from openllama.attention import register_backend, sdpa_attention
 from openllama.cache import PreallocatedCache
 from openllama.cli import main
 from openllama.errors import BackendError, InputError
-from openllama.inference import FastModel, compiler, fast
-from openllama.inference.loops import Loops
+from openllama.inference import FastModel, compiler, fast, quantize
+from openllama.inference.loops import Loops, restore
 from openllama.model import Inputs
+from openllama.quantized import rounding
+from openllama.quantized.rounding import restore_matrix, round_matrix
 from tests.draw import examples
 from tests.generating import make_model
 from tests.sentencepieces import corpus
@@ -33,8 +35,9 @@ PROCESSORS = {"AVX-512": ["-march=x86-64-v4"], "AVX2": ["-march=x86-64-v3"], "SS
 
 @pytest.fixture(autouse=True)
 def _same_on_every_machine(monkeypatch):
-    """Up to 16 tokens, what a machine measures."""
+    """Up to 16 tokens, which a machine measures; and no test changes how others restore matrices."""
     monkeypatch.setattr(Loops, "_most_rows", 16)
+    monkeypatch.setattr(rounding, "_FASTER", [])
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +176,28 @@ def test_on_held_out_text_the_loops_agree_with_float32_where_bfloat16_does():
     logits = torch.stack(found).log_softmax(-1)
     assert (logits.argmax(-1) == expected.argmax(-1)).float().mean() >= 0.995
     assert F.kl_div(logits, expected, log_target=True, reduction="batchmean") < 1e-4
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 9])
+@pytest.mark.parametrize("shared", [False, True])
+@torch.no_grad()
+def test_quantised_matrices_are_read_as_their_modules_read_them(quantization, rows, shared):
+    """int4, and several rows, are multiplied as bfloat16 where a processor does that: 8 bits of activations."""
+    model = make_model(hidden_size=64, intermediate_size=88, vocab_size=72, shared_input_output_embedding=shared)
+    quantize(model, quantization)
+    ids = torch.randint(0, 72, (1, 10 + rows), generator=torch.Generator().manual_seed(3))
+    inputs = [cached(model, ids[:, :10], None, torch.float32, 30)._replace(tokens=ids[:, 10:]) for _ in range(2)]
+    expected, found = (m(i, logits_to_keep=0, return_dict=True).logits for m, i in zip((model, fast(model)), inputs))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * expected.std().item())
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 31), (8, 64), (7, 100)])
+def test_matrices_are_restored_for_prompts_in_the_same_bits(quantization, dtype, shape):
+    weight, scale = round_matrix(torch.randn(shape), quantization)
+    assert torch.equal(restore(weight, scale, shape[1], dtype), restore_matrix(weight, scale, shape[1], dtype))
 
 
 # --- generation -------------------------------------------------------------------------------------

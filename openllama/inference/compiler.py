@@ -48,6 +48,8 @@ def library() -> ctypes.CDLL:
         raise BackendError(f"{path} cannot be loaded: {error}; remove it to build it again") from error
     loops.openllama_product.restype = None
     loops.openllama_product.argtypes = [ctypes.POINTER(Matrix), *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 2]
+    loops.openllama_restore.restype = None
+    loops.openllama_restore.argtypes = [ctypes.POINTER(Matrix), ctypes.c_void_p, *[ctypes.c_int64] * 2]
     loops.openllama_room.restype = ctypes.c_int64
     loops.openllama_room.argtypes = [ctypes.POINTER(Model), *[ctypes.c_int64] * 4]
     loops.openllama_forward.restype = None

@@ -55,6 +55,12 @@ inline void put(float* p, float value) { *p = value; }
 inline Vector load(const float* p) { return *(const FloatsAt*)p; }
 inline Vector load(const uint16_t* p) { return (Vector)(__builtin_convertvector(*(const HalvesAt*)p, Words) << 16); }
 
+inline void store(float* p, Vector v) { *(FloatsAt*)p = v; }
+inline void store(uint16_t* p, Vector v) {  // of finite numbers
+    Words words = (Words)v;
+    *(HalvesAt*)p = __builtin_convertvector((words + 0x7fff + (words >> 16 & 1)) >> 16, HalvesAt);
+}
+
 #ifdef __AVX512F__  // one instruction each, which compilers do not find by themselves
 inline Ints widen(const int8_t* p) { return (Ints)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
 inline Ints widen(const uint8_t* p) { return (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
@@ -280,6 +286,23 @@ void product(const Matrix& m, const float* x, float* y, int64_t n, bool add = fa
     }
 }
 
+// out (rows, columns) = the numbers of a quantised matrix
+template <class Row, class Number>
+void restore(const Matrix& m, Number* out) {
+    #pragma omp for schedule(static)
+    for (int64_t r = 0; r < m.rows; r++) {
+        Row row(m, r);
+        Number* to = out + r * m.columns;
+        int64_t k = 0;
+        for (; k + GROUP <= m.columns; k += GROUP) {
+            Vector w[2];
+            row.group(k, w);
+            for (int half = 0; half < 2; half++) store(to + k + half * WIDTH, w[half] * row.factor());
+        }
+        for (; k < m.columns; k++) put(to + k, row.one(k) * row.factor());
+    }
+}
+
 // ---- the formulas of model.py ----
 
 struct Layer {
@@ -456,6 +479,17 @@ void openllama_forward(const Model* model, const Pass* pass) {
     {
         if (model->cache_kind == FLOAT32) forward<float>(*model, *pass);
         else forward<uint16_t>(*model, *pass);
+    }
+}
+
+// `out` is float32 or bfloat16, as `kind` says.
+void openllama_restore(const Matrix* matrix, void* out, int64_t kind, int64_t threads) {
+    #pragma omp parallel num_threads(threads)
+    {
+        if (matrix->kind == INT8 && kind == FLOAT32) restore<Int8Row>(*matrix, (float*)out);
+        else if (matrix->kind == INT8) restore<Int8Row>(*matrix, (uint16_t*)out);
+        else if (kind == FLOAT32) restore<Int4Row>(*matrix, (float*)out);
+        else restore<Int4Row>(*matrix, (uint16_t*)out);
     }
 }
 

@@ -16,6 +16,7 @@ from openllama.inference.structs import KINDS, QUANTIZED, Layer, Matrix, Model, 
 from openllama.interface import OpenLlamaForCausalLM, OpenLlamaModel
 from openllama.model import MLP, Attention, DecoderLayer, RMSNorm, SharedHead, StableEmbedding
 from openllama.quantized.modules import QuantizedEmbedding, QuantizedLinear, QuantizedMatrix, QuantizedSharedHead
+from openllama.quantized.rounding import restore_by
 
 
 class Loops:
@@ -30,6 +31,8 @@ class Loops:
         self._tensors: list[Tensor] = []  # every tensor whose address the loops have
         self._hooks = [h for module in model.modules() for h in (module._forward_hooks, module._forward_pre_hooks)]
         self._work = torch.empty(0)
+        if model.config.quantization is not None:
+            restore_by(restore)  # for prompts
         self._dtype = model.dtype
         self._vocab_size = model.config.vocab_size
         self._model = self._addresses_of(model)
@@ -102,6 +105,19 @@ class Loops:
     def _address(self, tensor: Tensor) -> int:
         self._tensors.append(tensor)
         return tensor.data_ptr()
+
+
+def restore(weight: Tensor, scale: Tensor, columns: int, dtype: torch.dtype) -> Tensor | None:
+    """As ``quantized.rounding.restore_matrix``, on a CPU."""
+    if not (weight.is_cpu and weight.is_contiguous() and scale.is_contiguous() and dtype in KINDS):
+        return None
+    if torch.compiler.is_compiling() or type(weight) is not Tensor:
+        return None
+    kind = QUANTIZED[8 if weight.dtype == torch.int8 else 4]
+    matrix = Matrix(weight.data_ptr(), scale.data_ptr(), len(weight), columns, kind)
+    out = torch.empty(len(weight), columns, dtype=dtype)
+    library().openllama_restore(matrix, out.data_ptr(), KINDS[dtype], torch.get_num_threads())
+    return out
 
 
 def _linears(layer: Any) -> tuple[nn.Module, ...]:

@@ -21,7 +21,7 @@ from openllama.quantized.rounding import FORMATS, restore_matrix, round_matrix
 
 Model = TypeVar("Model", bound=nn.Module)
 BITS = {8: "int8", 4: "int4"}
-BLOCK = 2**20  # numbers that are restored at a time for a product on a CPU: what a cache holds
+BLOCK = 2**22  # numbers that are restored at a time for a product on a CPU
 #: what is quantised of each layer
 IN_LAYER = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj",
             "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
@@ -62,10 +62,11 @@ class QuantizedMatrix(nn.Module):
         return self._product_of(x)
 
     def _product_of(self, x: Tensor) -> Tensor:
-        product = x.new_empty(*x.shape[:-1], len(self.weight))
+        flat = x.reshape(-1, self.columns)  # else torch may take a batched product, with a copy of the matrix
+        product = x.new_empty(len(flat), len(self.weight))
         for rows, block in self._blocks(x):
-            product[..., rows] = F.linear(x, block)
-        return product
+            product[:, rows] = F.linear(flat, block)
+        return product.view(*x.shape[:-1], -1)
 
     def _blocks(self, x: Tensor) -> Any:
         """Slices of rows, and these rows in the type of x."""
