@@ -401,13 +401,16 @@ def decode(machine: Machine) -> Iterator[Case]:
 
 def streamed(machine: Machine, model: OpenLlamaForCausalLM, prompt: Tensor) -> Row:
     """Time per token of ``model.stream`` after the first token."""
-    tokens = model.stream(prompt, max_new_tokens=machine.sizes.new_tokens, do_sample=False)
-    next(tokens)
-    machine.synchronize()
-    start = time.perf_counter()
-    count = sum(1 for _ in tokens)
-    machine.synchronize()
-    return speed(machine, model, (time.perf_counter() - start) / count, prompt.shape[1] + machine.sizes.new_tokens)
+    new = machine.sizes.new_tokens
+    for _ in range(2):  # the first time sets up kernels
+        tokens = model.stream(prompt, max_new_tokens=new, do_sample=False)
+        next(tokens)
+        machine.synchronize()
+        start = time.perf_counter()
+        count = sum(1 for _ in tokens)
+        machine.synchronize()
+        seconds = (time.perf_counter() - start) / count
+    return speed(machine, model, seconds, prompt.shape[1] + new)
 
 
 def stepped(
@@ -417,19 +420,30 @@ def stepped(
     capture: Callable[[Callable[[], None]], Callable[[], None]] | None,
 ) -> Row:
     """Time per token of a static decoder; its ids must be those of ``generate``, or differ where two logits tie."""
+    decoder = StaticDecoder(model, prompt, machine.sizes.new_tokens)
+    timed(machine, decoder, decoder.step)  # sets up kernels
+    seconds, ids = timed(machine, decoder, decoder.step)
+    figures: Row = {}
+    if capture is not None:
+        run = capture(decoder.step)
+        timed(machine, decoder, run)
+        seconds, replayed = timed(machine, decoder, run)
+        figures["as without capture"] = torch.equal(replayed, ids)
+        ids = replayed
+    return {**speed(machine, model, seconds, decoder.ids.shape[1]), **figures, **agreement(model, prompt, ids)}
+
+
+def timed(machine: Machine, decoder: StaticDecoder, run: Callable[[], None]) -> tuple[float, Tensor]:
+    """Time per step of ``run`` after the first token, and all ids (1, L + new)."""
+    decoder.start()
     new = machine.sizes.new_tokens
-    decoder = StaticDecoder(model, prompt, new)
-    run = decoder.step if capture is None else capture(decoder.step)
-    for _ in range(2):  # the second time is measured
-        decoder.start()
-        machine.synchronize()
-        start = time.perf_counter()
-        for _ in range(new - 1):
-            run()
-        machine.synchronize()
-        seconds = (time.perf_counter() - start) / (new - 1)
-    ids = decoder.ids[:, : prompt.shape[1] + new]
-    return {**speed(machine, model, seconds, decoder.ids.shape[1]), **agreement(model, prompt, ids)}
+    machine.synchronize()
+    start = time.perf_counter()
+    for _ in range(new - 1):
+        run()
+    machine.synchronize()
+    seconds = (time.perf_counter() - start) / (new - 1)
+    return seconds, decoder.ids[:, : decoder.length + new].clone()
 
 
 def agreement(model: OpenLlamaForCausalLM, prompt: Tensor, ids: Tensor) -> Row:
@@ -555,7 +569,12 @@ def about(device: torch.device) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
+    parser.add_argument(
+        "--device",
+        type=torch.device,
+        default=torch.device("cuda"),
+        help="cuda or cpu; choose among several cards by CUDA_VISIBLE_DEVICES",
+    )
     parser.add_argument("--small", action="store_true", help="small shapes: a test of the benchmark itself")
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--seconds", type=float, default=BUDGET, help="time for everything (default: %(default)s)")

@@ -127,7 +127,7 @@ def test_guessing_ahead_reads_twice_per_guess_and_the_assistant_once_per_token_i
     with reads:
         settings = {"attention_mask": PADDED[1:], "eos_token_id": eos, "max_new_tokens": 20, "min_new_tokens": 20}
         model.generate(PROMPT[:1], assistant_model=assistant, **settings)
-    assert len(guessed) > len(passes) > 1
+    assert min(len(guessed), len(passes)) > 1
     assert reads.count - door - 2 == door + 2 * len(passes) + (len(guessed) if eos else 0)
 
     before = reads.count
