@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
+from openllama import masks
 from openllama.errors import BackendError
 from openllama.masks import Mask
 
@@ -43,6 +45,8 @@ def eager_attention(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropo
 
 def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropout: float) -> tuple[Tensor, None]:
     """The same through torch's fused kernel, which never holds the weights."""
+    if mask.real is not None:
+        return _sdpa_in_blocks(query, key, value, mask.real, dropout), None
     sdpa = F.scaled_dot_product_attention
     attend = partial(sdpa, query, key, value, attn_mask=mask.tensor, dropout_p=dropout, is_causal=mask.causal)
     try:
@@ -50,6 +54,24 @@ def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropou
     except NotImplementedError:  # the fused kernel has no forward-mode derivative
         with sdpa_kernel(SDPBackend.MATH):
             return attend(), None
+
+
+def _sdpa_in_blocks(query: Tensor, key: Tensor, value: Tensor, real: Tensor, dropout: float) -> Tensor:
+    """Blocks of queries, each with its mask and the keys up to its last query: memory is linear in the length.
+
+    The backward pass computes each block again (not under ``torch.func``, which allows no such thing); else the masks
+    of all blocks would be kept until then.
+    """
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, start: int) -> Tensor:
+        rows = query[:, :, start : start + masks.BLOCK]
+        seen = key.shape[2] - query.shape[2] + start + rows.shape[2]  # number of keys
+        mask = Mask(tensor=masks.causal_and_real(real[:, :seen], rows.shape[2]))
+        return sdpa_attention(rows, key[:, :, :seen], value[:, :, :seen], mask, dropout)[0]
+
+    trains = torch.is_grad_enabled() and torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+    run = partial(checkpoint, attend, use_reentrant=False) if trains else attend
+    return torch.cat([run(query, key, value, start) for start in range(0, query.shape[2], masks.BLOCK)], dim=2)
 
 
 def xformers_attention(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropout: float) -> tuple[Tensor, None]:

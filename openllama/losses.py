@@ -11,7 +11,8 @@ from torch import Tensor
 from openllama.checks import is_transformed
 from openllama.errors import InputError
 
-CHUNK_LOGITS = 2**22  # logits that the chunked loss holds at a time: 16 MiB in float32
+CHUNK_LOGITS = 2**22  # logits that the chunked loss works on at a time: 16 MiB in float32
+KEPT_LOGITS = 2**25  # logits that it keeps from forward for backward: 64 MiB in half precision
 
 
 def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -34,9 +35,9 @@ def chunked_causal_lm_loss(hidden: Tensor, labels: Tensor, weight: Tensor) -> Te
 class _LinearCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of rows (N, C) @ weight (V, C).T with targets (N,), a few columns at a time.
 
-    Forward accumulates log-sum-exp over the columns. Backward computes the logits again: their gradient is
-    the softmax, minus one at the target. Chunks are along the vocabulary, so each part of the weight's
-    gradient is computed once, in place.
+    Forward accumulates log-sum-exp over the columns. Backward needs the logits again: their gradient is the softmax,
+    minus one at the target. The first ``KEPT_LOGITS`` are kept, in the type of ``rows``; the others are computed a
+    second time. Chunks are along the vocabulary, so each part of the weight's gradient is computed once, in place.
     """
 
     @staticmethod
@@ -45,12 +46,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype = torch.promote_types(rows.dtype, torch.float32)
         logsumexp = torch.full((len(rows),), -torch.inf, dtype=dtype, device=rows.device)
         target_logits = torch.zeros_like(logsumexp)
+        kept: list[Tensor] = []
         for start in range(0, len(weight), size):
-            logits = _upcast(F.linear(rows, weight[start : start + size]))
+            logits = F.linear(rows, weight[start : start + size])
+            if start * len(rows) + logits.numel() <= KEPT_LOGITS:
+                kept.append(logits)
+            logits = _upcast(logits)
             logsumexp = torch.logaddexp(logsumexp, logits.logsumexp(1))
             column, inside = _columns(targets, start, logits)
             target_logits += logits.gather(1, column)[:, 0] * inside
-        ctx.save_for_backward(rows, weight, targets, logsumexp)
+        ctx.save_for_backward(rows, weight, targets, logsumexp, *kept)
         ctx.size = size
         valid = targets != -100
         return torch.where(valid, logsumexp - target_logits, 0).sum() / valid.sum()
@@ -59,19 +64,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         if torch.is_grad_enabled():
             raise InputError("model.loss has no second derivative; use model(input_ids, labels=labels).loss")
-        rows, weight, targets, logsumexp = ctx.saved_tensors
+        rows, weight, targets, logsumexp, *kept = ctx.saved_tensors
         valid = targets != -100
         scale = torch.where(valid, grad / valid.sum(), 0)[:, None]  # without any target: zeros, as F.cross_entropy
         grad_rows = torch.zeros_like(rows, dtype=logsumexp.dtype)
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        for start in range(0, len(weight), ctx.size):
+        for number, start in enumerate(range(0, len(weight), ctx.size)):
             chunk = weight[start : start + ctx.size]
-            logits = _upcast(F.linear(rows, chunk)).sub_(logsumexp[:, None]).exp_()  # probabilities
-            column, inside = _columns(targets, start, logits)
-            logits.scatter_add_(1, column, -inside[:, None].to(logits.dtype))
-            grad_logits = logits.mul_(scale).to(rows.dtype)
+            logits = kept[number] if number < len(kept) else F.linear(rows, chunk)
+            wide = (logits - logsumexp[:, None]).exp_()  # probabilities
+            column, inside = _columns(targets, start, wide)
+            wide.scatter_add_(1, column, -inside[:, None].to(wide.dtype))
+            grad_logits = wide.mul_(scale).to(rows.dtype)
             if grad_weight is not None:
-                grad_weight[start : start + ctx.size] = grad_logits.T @ rows
+                torch.mm(grad_logits.T, rows, out=grad_weight[start : start + ctx.size])
             grad_rows += grad_logits @ chunk
         return grad_rows.to(rows.dtype), grad_weight, None
 

@@ -20,16 +20,21 @@ from torch import Tensor
 
 from openllama.errors import InputError
 
+BLOCK = 512  # queries; sdpa builds the mask of a longer pass in blocks of so many
+
 
 class Mask(NamedTuple):
     """The mask of one forward pass, shared by its layers.
 
     ``causal``: the plain T x T triangle is all there is, so that no tensor is needed.
     ``tensor``: (B | 1, H | 1, T, S), boolean (True: the query sees the key) or additive; None: no tensor.
+    ``real``: (B | 1, S), True for keys that are not padding, in place of a tensor where that would be large: sdpa
+    builds the mask a few queries at a time. The backends that are registered always get the tensor.
     """
 
     causal: bool = False
     tensor: Tensor | None = None
+    real: Tensor | None = None
 
 
 def causal_mask(length: int, key_length: int, device: torch.device) -> Tensor:
@@ -44,6 +49,11 @@ def prepare_mask(attention_mask: Tensor | None, length: int, key_length: int, hi
     """
     if backend == "eager":
         return additive_mask(attention_mask, length, key_length, hidden)
+    if backend == "sdpa" and length > BLOCK and not torch.compiler.is_compiling():
+        if attention_mask is None and length < key_length:
+            return Mask(real=torch.ones(1, key_length, dtype=torch.bool, device=hidden.device))
+        if attention_mask is not None and attention_mask.ndim == 2:
+            return Mask(real=attention_mask.to(hidden.device) == 1)
     mask = boolean_mask(attention_mask, length, key_length, hidden)
     if backend == "xformers" and mask.tensor is not None:
         return additive_mask(mask.tensor, length, key_length, hidden)
@@ -70,11 +80,7 @@ def additive_mask(attention_mask: Tensor | None, length: int, key_length: int, h
 
 
 def boolean_mask(attention_mask: Tensor | None, length: int, key_length: int, hidden: Tensor) -> Mask:
-    """The same rule for fused kernels: a flag where the plain triangle is all there is, else a boolean tensor.
-
-    A row that sees no key would be NaN in a softmax; it sees every key instead. Its output is
-    finite and belongs to padding.
-    """
+    """The same rule for fused kernels: a flag where the plain triangle is all there is, else a boolean tensor."""
     if attention_mask is None:
         if length == 1:
             return Mask()
@@ -84,9 +90,17 @@ def boolean_mask(attention_mask: Tensor | None, length: int, key_length: int, hi
     if attention_mask.ndim == 4 and attention_mask.dtype != torch.bool:
         return Mask(tensor=attention_mask.to(hidden.device, hidden.dtype).clamp(min=torch.finfo(hidden.dtype).min))
     seen = attention_mask.to(hidden.device)
-    if attention_mask.ndim == 2:
-        seen = causal_mask(length, key_length, hidden.device) & (seen == 1)[:, None, None]
-    return Mask(tensor=seen | ~seen.any(-1, keepdim=True))
+    return Mask(tensor=causal_and_real(seen == 1, length) if attention_mask.ndim == 2 else _never_empty(seen))
+
+
+def causal_and_real(real: Tensor, length: int) -> Tensor:
+    """Boolean (B, 1, T, S) for the last ``length`` of S positions, of which ``real`` (B, S) are not padding."""
+    return _never_empty(causal_mask(length, real.shape[1], real.device) & real[:, None, None])
+
+
+def _never_empty(seen: Tensor) -> Tensor:
+    """A row that sees no key would be NaN in a softmax; it sees every key instead: finite, and used by nobody."""
+    return seen | ~seen.any(-1, keepdim=True)
 
 
 def positions_from_mask(attention_mask: Tensor) -> Tensor:

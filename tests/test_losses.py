@@ -77,8 +77,13 @@ def test_chunks_give_the_same_loss_and_gradients(drawn: tuple[Tensor, Tensor], r
     torch.testing.assert_close(*found)
 
 
-def test_never_more_logits_than_a_chunk_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+# 6 rows, 10 columns: chunks of 6 and 4 columns, 36 and 24 logits
+@pytest.mark.parametrize(("kept", "computed"), [(0, 120), (35, 120), (36, 84), (59, 84), (60, 60)])
+def test_logits_are_computed_in_chunks_and_again_where_they_are_not_kept(
+    monkeypatch: pytest.MonkeyPatch, kept: int, computed: int
+) -> None:
     monkeypatch.setattr(losses, "CHUNK_LOGITS", 40)
+    monkeypatch.setattr(losses, "KEPT_LOGITS", kept)
     sizes: list[int] = []
     linear = F.linear
 
@@ -88,9 +93,29 @@ def test_never_more_logits_than_a_chunk_are_held(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(F, "linear", spy)
     weight = torch.zeros(10, 4, requires_grad=True)
-    chunked_causal_lm_loss(torch.zeros(3, 3, 4), torch.zeros(3, 3, dtype=torch.long), weight).backward()
-    assert sum(sizes) == 2 * 3 * 2 * 10, "once forward, once backward"
+    loss = chunked_causal_lm_loss(torch.zeros(3, 3, 4), torch.zeros(3, 3, dtype=torch.long), weight)
+    saved = [t for t in loss.grad_fn.saved_tensors if t.shape[:1] == (6,) and t.ndim == 2 and t.shape[1] != 4]
+    assert sum(t.numel() for t in saved) <= kept
+    loss.backward()
+    assert sum(sizes) == computed
     assert max(sizes) <= 40
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_logits_give_the_same_bits_in_every_backward_pass(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", 40)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 5, 8, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(50, 8, generator=generator).to(dtype).requires_grad_()
+    found = []
+    for kept in (0, 2**25):
+        monkeypatch.setattr(losses, "KEPT_LOGITS", kept)
+        loss = chunked_causal_lm_loss(hidden, torch.arange(10).view(2, 5), weight)
+        found += [(loss.detach(), *torch.autograd.grad(loss, (hidden, weight), retain_graph=True)) for _ in range(2)]
+    for again in found[1:]:
+        torch.testing.assert_close(again, found[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("labels", [torch.tensor([[5]]), torch.full((1, 3), -100)])
