@@ -122,7 +122,7 @@ def _peak(w: Tensor, form: Format) -> Tensor:
     least, most = w.amin(0, keepdim=True), w.amax(0, keepdim=True)
     if not (least.isfinite().all() and most.isfinite().all()):
         raise InputError("a matrix that holds NaN or infinity in float32 cannot be quantised")
-    size = torch.maximum(most, -least)
+    size = torch.maximum(most.abs(), least.abs())
     return size if form.low == -form.high else torch.where(most >= -least, size, -size)
 
 
