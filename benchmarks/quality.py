@@ -4,8 +4,8 @@
 
 One table is of the model in checkpoints/ on the held-out tenth of each text (that of scripts/train_tiny.py), another,
 with --random, of random weights in the shape of aerner/lm-v2 on random ids. Q8_0 and Q4_0 are rounded and restored by
-the package gguf, and computed by this package, as all rows: in float32, but for those named otherwise. KL is the mean of
-KL(float32 || row) over all predicted tokens, in nats; "same token" how often both find the same token most likely.
+the package gguf, and computed by this package, as all rows: in float32, but for those named otherwise. KL is the mean
+of KL(float32 || row) over all predicted tokens, in nats; "same token" how often both find the same token most likely.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import torch
 
 import openllama
 from openllama.checkpoint.adapters import convert_adapter, is_adapter
-from openllama.checkpoint.export import FORMS, Export, export
+from openllama.checkpoint.export import FORMS, Export, check_stored, export
 from openllama.checkpoint.folders import check_destination, check_places, copy_small, finished_folder, remains
 from openllama.checkpoint.gguf import Q8_0, write_gguf
 from openllama.checkpoint.hub import fetch, local_path
@@ -87,12 +87,13 @@ def convert(
         source = open_checkpoint(src, config)
         chosen = without(source.tensors, ignore)
         weights = select(chosen, source.config)
+        check_unquantized(source.config, quantize)
+        check_stored(source.config, to, dtype)
         if to == "gguf":
             return write_gguf(source, weights, dst, dtype=dtype, overwrite=overwrite, progress=progress)
         check_places(src, dst, overwrite, _may_be_replaced, "not a checkpoint")
         check_tokenizer(source.folder, source.config.vocab_size, is_needed=source.path.is_dir())
         check_generation_config(source.folder)
-        check_unquantized(source.config, quantize)
         exported = export(to, weights, source.config, cast_to, source.folder)
         if quantize is not None:
             exported = quantized_export(exported, quantize)

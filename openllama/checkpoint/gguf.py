@@ -28,7 +28,7 @@ from torch import Tensor
 
 import openllama
 from openllama.checkpoint.archives import translated_errors
-from openllama.checkpoint.export import check_llama, check_stored, llama_tensors
+from openllama.checkpoint.export import check_llama, llama_tensors
 from openllama.checkpoint.folders import check_space, finished_file
 from openllama.checkpoint.meta import Assembled
 from openllama.checkpoint.names import Weights, floating_dtype, translate
@@ -158,7 +158,6 @@ def _package() -> ModuleType:
 
 
 def _check_model(weights: Weights, config: OpenLlamaConfig) -> None:
-    check_stored(config, "gguf")
     if weights.head != "causal-lm":
         raise ConfigError(
             f"a {weights.head} cannot be converted to gguf: llama.cpp needs a language-model head; use llama"

@@ -21,7 +21,8 @@ from openllama.quantized.rounding import FORMATS, restore_matrix, round_matrix
 
 Model = TypeVar("Model", bound=nn.Module)
 BITS = {8: "int8", 4: "int4"}
-BLOCK = 2**22  # numbers that are restored at a time for a product on a CPU
+MANY = 32  # rows of bfloat16 from which int8 weights are multiplied as integers, which takes half the time
+BLOCK = 2**22  # numbers that are restored at a time for a product on a CPU: what a cache holds
 #: what is quantised of each layer
 IN_LAYER = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj",
             "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
@@ -63,6 +64,8 @@ class QuantizedMatrix(nn.Module):
 
     def _product_of(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, self.columns)  # else torch may take a batched product, with a copy of the matrix
+        if self.bits == 8 and x.dtype == torch.bfloat16 and x.is_cpu and len(flat) >= MANY:
+            return _int8_product(flat, self.weight, self.scale).view(*x.shape[:-1], -1)
         product = x.new_empty(len(flat), len(self.weight))
         for rows, block in self._blocks(x):
             product[:, rows] = F.linear(flat, block)
@@ -105,6 +108,21 @@ class QuantizedMatrix(nn.Module):
 _UNTRAINED = (
     "quantised weights are not trained: train adapters beside them, or load the model without quantize and train it"
 )
+
+
+def _int8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x (N, K) @ matrix.T of integers: each row of x is rounded to int8 with a scale of its own."""
+    q, scales = torch.empty_like(x, dtype=torch.int8), x.new_empty(len(x), 1, dtype=torch.float32)
+    product = x.new_empty(len(x), len(weight))
+    parts = [slice(start, start + MANY) for start in range(0, len(x), MANY)]  # what a cache holds
+    for part in parts:
+        rows = x[part].float()
+        scales[part] = rows.abs().amax(1, keepdim=True) / 127
+        q[part] = rows.div_(scales[part].clamp(min=torch.finfo(torch.float32).tiny)).round_()
+    sums = torch._int_mm(q, weight.T)
+    for part in parts:
+        product[part] = sums[part].float().mul_(scales[part]).mul_(scale)
+    return product
 
 
 class _Product(torch.autograd.Function):
@@ -180,7 +198,7 @@ class QuantizedEmbedding(QuantizedMatrix):
     def forward(self, ids: Tensor) -> Tensor:
         flat = ids.flatten()
         rows = restore_matrix(self.weight[flat], self.scale[flat], self.embedding_dim, self.dtype)
-        return rows.view(*ids.shape, -1)
+        return rows.view(*ids.shape, self.embedding_dim)
 
     def project(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., C) -> logits (..., V) by the table."""

@@ -104,8 +104,8 @@ def best_scale(w: Tensor, form: Format) -> Tensor:
     q, product = torch.empty_like(w), torch.empty_like(w)
     for divisor in form.divisors:
         integers(w, peak / divisor, form, out=q)
-        along = torch.mul(w, q, out=product).sum(0, keepdim=True)
-        square = torch.mul(q, q, out=product).sum(0, keepdim=True)
+        along = _sum(torch.mul(w, q, out=product))
+        square = _sum(torch.mul(q, q, out=product))
         better = along * along > fit * square  # by the scale along / square the error falls by along^2 / square
         fit, best = torch.where(better, along * along / square, fit), torch.where(better, along / square, best)
     scale, nearest = best.to(form.scale_dtype), nearest_scale(w, form)
@@ -115,7 +115,18 @@ def best_scale(w: Tensor, form: Format) -> Tensor:
 def squared_error(w: Tensor, scale: Tensor, form: Format) -> Tensor:
     """Sum of (w - q * scale)^2 of each column, with the nearest integers q."""
     scale = scale.float()
-    return integers(w, scale, form).mul_(scale).sub_(w).square_().sum(0, keepdim=True)
+    return _sum(integers(w, scale, form).mul_(scale).sub_(w).square_())
+
+
+def _sum(w: Tensor) -> Tensor:
+    """The sum of each column (1, N), by halves: it does not depend on how many columns are summed at a time."""
+    while len(w) > 1:
+        half = len(w) // 2
+        total = w[:half] + w[half : 2 * half]
+        if len(w) % 2:
+            total[0] += w[-1]
+        w = total
+    return w
 
 
 def _peak(w: Tensor, form: Format) -> Tensor:
@@ -123,7 +134,7 @@ def _peak(w: Tensor, form: Format) -> Tensor:
     least, most = w.amin(0, keepdim=True), w.amax(0, keepdim=True)
     if not (least.isfinite().all() and most.isfinite().all()):
         raise InputError("a matrix that holds NaN or infinity in float32 cannot be quantised")
-    size = torch.maximum(most, -least)
+    size = torch.maximum(most.abs(), least.abs())
     return size if form.low == -form.high else torch.where(most >= -least, size, -size)
 
 
