@@ -65,11 +65,11 @@ class QuantizedMatrix(nn.Module):
     def _product_of(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, self.columns)  # else torch may take a batched product, with a copy of the matrix
         if self.bits == 8 and x.dtype == torch.bfloat16 and x.is_cpu and len(flat) >= MANY:
-            return _int8_product(flat, self.weight, self.scale).view(*x.shape[:-1], -1)
+            return _int8_product(flat, self.weight, self.scale).view(*x.shape[:-1], len(self.weight))
         product = x.new_empty(len(flat), len(self.weight))
         for rows, block in self._blocks(x):
             product[:, rows] = F.linear(flat, block)
-        return product.view(*x.shape[:-1], -1)
+        return product.view(*x.shape[:-1], len(self.weight))
 
     def _blocks(self, x: Tensor) -> Any:
         """Slices of rows, and these rows in the type of x."""
