@@ -105,7 +105,10 @@ class Files:
         else:
             source = "bf16.gguf" if name == "int4.gguf" else "llama"
             script = Path(__file__).with_name("exports.py")
-            subprocess.run([python, script, name, self.form(source, python), path], check=True)
+            command = list(map(str, (python, script, name, self.form(source, python), path)))
+            done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(command)} failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
 
     def _write_native(self, path: Path) -> None:
         """Random weights, with the tokenizer of the tiny model; ids above its pieces have no text."""

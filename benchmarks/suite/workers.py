@@ -9,11 +9,10 @@ and ends; else it answers the commands "prefill" and "decode", and "generate" wh
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import time
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Protocol
 
 from serving import Command, serve  # beside this file
@@ -55,6 +54,8 @@ class Timed:
 
     def decode(self, context: int, tokens: int, batch: int = 1) -> dict[str, Any]:
         """Seconds of each of the next tokens; a prompt of ``context`` tokens is computed where none is continued."""
+        if hasattr(self.engine, "durations"):
+            return {"seconds": self.engine.durations(prompt(self.vocabulary, batch, context), tokens)}
         if self.running != (batch, context) or self.room < tokens:
             self.engine.start(prompt(self.vocabulary, batch, context), ROOM)
             self.running, self.room = (batch, context), ROOM
@@ -129,11 +130,12 @@ class FastOpenLlama(OpenLlama):
 
 
 def fast_model(folder: str, precision: str) -> Any:
+    """``precision``: weights are rounded to it while they are read."""
     from openllama import OpenLlamaForCausalLM
-    from openllama.inference import fast, quantize
+    from openllama.inference import fast
 
-    model = OpenLlamaForCausalLM.from_pretrained(folder)
-    return fast(model if precision == "bf16" else quantize(model, precision))
+    settings = {} if precision == "bf16" else {"quantize": precision}
+    return fast(OpenLlamaForCausalLM.from_pretrained(folder, **settings))
 
 
 # --- transformers ---
@@ -236,12 +238,80 @@ class LlamaCpp:
         return int(np.ctypeslib.as_array(logits, (self.vocabulary,)).argmax())
 
 
+# --- OpenVINO ---
+
+
+class OpenVino:
+    """``LLMPipeline`` of openvino-genai; it has no steps, so each measurement computes its prompt anew."""
+
+    def __init__(self, model: str, precision: str, threads: int) -> None:
+        import openvino_genai
+
+        self.genai, self.version = openvino_genai, openvino_genai.__version__
+        scheduler = openvino_genai.SchedulerConfig()
+        scheduler.enable_prefix_caching = False  # the same prompt is to be computed again
+        self.pipeline = openvino_genai.LLMPipeline(
+            model, "CPU", scheduler_config=scheduler, INFERENCE_PRECISION_HINT="bf16", PERFORMANCE_HINT="LATENCY",
+            INFERENCE_NUM_THREADS=threads,
+        )  # fmt: skip
+
+    def start(self, ids: Ids, room: int) -> None:
+        self._generate(ids, 1)
+
+    def durations(self, ids: Ids, tokens: int) -> list[float]:
+        """Seconds of each of ``tokens`` steps after a prompt, as the pipeline itself measures them."""
+        measured = self._generate(ids, 1 + WARM + tokens).perf_metrics.raw_metrics.m_durations  # microseconds
+        return [step / 1e6 for step in list(measured)[-tokens:]]
+
+    def _generate(self, ids: Ids, tokens: int) -> Any:
+        import numpy as np
+        import openvino
+
+        settings = self.genai.GenerationConfig()
+        settings.max_new_tokens, settings.ignore_eos, settings.do_sample = tokens, True, False
+        rows = np.array(ids, dtype=np.int64)
+        inputs = self.genai.TokenizedInputs(openvino.Tensor(rows), openvino.Tensor(np.ones_like(rows)))
+        return self.pipeline.generate(inputs, settings)
+
+
+# --- ONNX Runtime ---
+
+
+class OnnxRuntime:
+    """``Generator`` of onnxruntime-genai; threads are set in the model's genai_config.json, by default all cores."""
+
+    def __init__(self, model: str, precision: str, threads: int) -> None:
+        import onnxruntime_genai
+
+        self.genai, self.version = onnxruntime_genai, onnxruntime_genai.__version__
+        config = onnxruntime_genai.Config(model)
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+        self.model = onnxruntime_genai.Model(config)
+
+    def start(self, ids: Ids, room: int) -> None:
+        import numpy as np
+
+        settings = self.genai.GeneratorParams(self.model)
+        length = len(ids[0]) + room + 2
+        settings.set_search_options(
+            max_length=length, min_length=length, batch_size=len(ids), do_sample=False, past_present_share_buffer=True
+        )
+        self.generator = self.genai.Generator(self.model, settings)
+        self.generator.append_tokens(np.array(ids, dtype=np.int32))
+        self.step()
+
+    def step(self) -> None:
+        self.generator.generate_next_token()
+
+
 PROGRAMS = {
     "openllama": OpenLlama,
     "openllama-fast": FastOpenLlama,
     "transformers-4.31": Transformers,
     "transformers": Transformers,
     "llama-cpp": LlamaCpp,
+    "openvino": OpenVino,
+    "onnxruntime": OnnxRuntime,
 }
 
 
