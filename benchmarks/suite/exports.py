@@ -1,6 +1,6 @@
 """Writes a model in the form of another program, by that program's own exporter, in whose environment this runs.
 
-    python exports.py FORM SOURCE TARGET
+python exports.py FORM SOURCE TARGET
 """
 
 from __future__ import annotations
@@ -29,11 +29,9 @@ def openvino(source: str, target: str, *settings: str) -> None:
 
 def onnxruntime(source: str, target: str, precision: str) -> None:
     settings = ["accuracy_level=4", "block_size=32"]  # products of int8; a scale for 32 weights
-    subprocess.run(
-        [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", source, "-o", target, "-p", precision]
-        + ["-e", "cpu", "-c", f"{target}-cache", "--extra_options", *settings],
-        check=True,
-    )
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", source, "-o", target, "-e", "cpu"]
+    command += ["-p", precision, "-c", f"{target}-cache", "--extra_options", *settings]
+    subprocess.run(command, check=True)
 
 
 INT4 = ["--weight-format", "int4", "--group-size", "32", "--group-size-fallback", "adjust", "--sym", "--ratio", "1.0"]

@@ -1,6 +1,6 @@
 """What the machine can do at the most, measured in a process of its own: reading memory, and products.
 
-    python limits.py --bytes N --size K --threads T
+python limits.py --bytes N --size K --threads T
 """
 
 from __future__ import annotations

@@ -79,9 +79,7 @@ def processes(repeats: int) -> dict[str, list[float]]:
 def builds() -> dict[str, float]:
     """Seconds until the compiled loops are ready, where they must be built and where they have been."""
     with tempfile.TemporaryDirectory() as folder:
-        return {
-            when: float(_run(["-c", BUILD], OPENLLAMA_CACHE=folder)) for when in ("built now", "built before")
-        }
+        return {when: float(_run(["-c", BUILD], OPENLLAMA_CACHE=folder)) for when in ("built now", "built before")}
 
 
 def _run(command: Sequence[str], **environment: str) -> str:

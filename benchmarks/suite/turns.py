@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -24,7 +25,7 @@ class Worker:
     """A process that answers commands (``serving``)."""
 
     def __init__(self, command: Sequence[str | Path], **environment: str) -> None:
-        self.errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        self.errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self.started = time.perf_counter()
         self.process = subprocess.Popen(
             list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
@@ -35,10 +36,8 @@ class Worker:
 
     def ask(self, operation: str, **arguments: Any) -> dict[str, Any]:
         assert self.process.stdin is not None  # noqa: S101
-        try:
+        with contextlib.suppress(OSError):  # it has ended, and what it left says why
             print(json.dumps({"op": operation, **arguments}), file=self.process.stdin, flush=True)
-        except OSError:  # it has ended, and what it left says why
-            pass
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:

@@ -102,9 +102,7 @@ class OpenLlama:
     def start(self, ids: Ids, room: int) -> None:
         import torch
 
-        self.tokens = self.model.stream(
-            torch.tensor(ids), max_new_tokens=room + 1, do_sample=False, eos_token_id=None
-        )
+        self.tokens = self.model.stream(torch.tensor(ids), max_new_tokens=room + 1, do_sample=False, eos_token_id=None)
         self.step()
 
     def step(self) -> None:
@@ -260,8 +258,8 @@ class OpenVino:
 
     def durations(self, ids: Ids, tokens: int) -> list[float]:
         """Seconds of each of ``tokens`` steps after a prompt, as the pipeline itself measures them."""
-        measured = self._generate(ids, 1 + WARM + tokens).perf_metrics.raw_metrics.m_durations  # microseconds
-        return [step / 1e6 for step in list(measured)[-tokens:]]
+        measured = self._generate(ids, 1 + WARM + tokens).perf_metrics.raw_metrics.m_durations
+        return [step * len(ids) / 1e6 for step in list(measured)[-tokens:]]  # it has microseconds, divided by the rows
 
     def _generate(self, ids: Ids, tokens: int) -> Any:
         import numpy as np
