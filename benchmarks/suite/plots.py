@@ -44,7 +44,7 @@ def draw_roofline(results: Mapping[str, Any], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(7.5, 5))
     limit = results["limits"].get("decode") or next(iter(results["limits"].values()))
     products = results["limits"].get("prefill", limit)
-    intensity = [2**power for power in range(-2, 13)]
+    intensity = [2 ** (power / 8) for power in range(-16, 97)]
     for kind, style in (("bf16", "-"), ("int8", "--")):
         top = products[kind]["rate"]
         roof = [min(x * limit["sum"]["rate"], top) for x in intensity]

@@ -258,8 +258,10 @@ class OpenVino:
 
     def durations(self, ids: Ids, tokens: int) -> list[float]:
         """Seconds of each of ``tokens`` steps after a prompt, as the pipeline itself measures them."""
-        measured = self._generate(ids, 1 + WARM + tokens).perf_metrics.raw_metrics.m_durations
-        return [step * len(ids) / 1e6 for step in list(measured)[-tokens:]]  # it has microseconds, divided by the rows
+        rows = len(ids)
+        measured = list(self._generate(ids, 1 + WARM + tokens).perf_metrics.raw_metrics.m_durations)[-tokens * rows :]
+        # microseconds, a number for each token of each row, which add up to the time of the step
+        return [sum(measured[start : start + rows]) / 1e6 for start in range(0, len(measured), rows)]
 
     def _generate(self, ids: Ids, tokens: int) -> Any:
         import numpy as np
