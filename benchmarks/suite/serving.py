@@ -1,0 +1,57 @@
+"""The process of an engine answers commands: one JSON object a line comes in, one goes out."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, TextIO
+
+Command = Callable[..., dict[str, Any]]
+
+
+def private_output() -> TextIO:
+    """The standard output of this process, which libraries can no longer write to: they get the standard error."""
+    output = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return output
+
+
+def serve(load: Callable[[], tuple[dict[str, Command], dict[str, Any]]]) -> None:
+    """``load`` returns commands by name, and facts such as a version; then commands are answered until input ends.
+
+    A command is ``{"op": NAME, ...arguments}``. The answer is what the command returns, or ``{"error": TEXT}``.
+    """
+    output = private_output()
+
+    def reply(work: Callable[[], dict[str, Any]]) -> bool:
+        try:
+            answer = work()
+        except Exception as error:  # it stands in the table
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=output, flush=True)
+        return "error" not in answer
+
+    commands: dict[str, Command] = {"memory": peak_memory}
+
+    def start() -> dict[str, Any]:
+        began = time.perf_counter()
+        found, facts = load()
+        commands.update(found)
+        return {**facts, "load_seconds": time.perf_counter() - began}
+
+    if not reply(start):
+        return
+    for line in sys.stdin:
+        command = json.loads(line)
+        operation = commands[command.pop("op")]
+        reply(lambda operation=operation, command=command: operation(**command))
+
+
+def peak_memory() -> dict[str, Any]:
+    """The largest resident memory so far, in bytes; mapped files count."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
