@@ -42,7 +42,7 @@ def main() -> int:
         print(json.dumps(measure(options)))
         return 0
     peer = Path(options.peer_python)
-    if problem := _missing(peer):
+    if problem := missing(peer):
         print(f"loss_memory.py: {problem}", file=sys.stderr)
         return 1
     rows = {name: _in_fresh_process(peer if name in THEIRS else sys.executable, name) for name in options.rows}
@@ -70,7 +70,7 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _missing(peer: Path) -> str | None:
+def missing(peer: Path) -> str | None:
     """Why the comparison cannot run, or None if it can."""
     if not Path("/proc/self/clear_refs").exists():
         return "peak memory is read from /proc, which this system does not have; run it on Linux"
@@ -104,7 +104,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     torch.set_default_dtype(getattr(torch, options.dtype))
     shape = {name: getattr(options, name) for name in SHAPE} | {"max_position_embeddings": options.tokens}
-    model, loss_of, version = (_peer if options.measure in THEIRS else _ours)(shape, options.measure)
+    model, loss_of, version = (build_peer if options.measure in THEIRS else build_ours)(shape, options.measure)
     model.train()
     ids = torch.randint(options.vocab_size, (1, options.tokens), generator=torch.Generator().manual_seed(1))
 
@@ -137,7 +137,7 @@ def _status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def _ours(shape: dict[str, int], row: str) -> tuple[Any, Any, str]:
+def build_ours(shape: dict[str, int], row: str) -> tuple[Any, Any, str]:
     import openllama
     from openllama.recompute import keep_products
 
@@ -154,7 +154,7 @@ def _ours(shape: dict[str, int], row: str) -> tuple[Any, Any, str]:
     return model, lambda ids: model.loss(ids, ids), f"openllama {openllama.__version__}"
 
 
-def _peer(shape: dict[str, int], row: str) -> tuple[Any, Any, str]:
+def build_peer(shape: dict[str, int], row: str) -> tuple[Any, Any, str]:
     import torch
     import transformers
 
