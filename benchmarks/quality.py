@@ -24,14 +24,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openllama import OpenLlamaConfig, OpenLlamaForCausalLM, OpenLlamaTokenizer
-from openllama.quantized import quantize
+from openllama.cache import PreallocatedCache
+from openllama.inference import fast, quantize
+from openllama.model import Inputs
+from openllama.outputs import CausalLMOutput
 from openllama.quantized.rounding import FORMATS, GROUP, integers, nearest_scale
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 from train_tiny import read_text  # noqa: E402
 
-Variant = Callable[[OpenLlamaForCausalLM], OpenLlamaForCausalLM]
+Variant = Callable[[OpenLlamaForCausalLM], Callable[..., CausalLMOutput]]
 
 
 def nearest_int4(matrix: Tensor) -> Tensor:
@@ -70,13 +73,28 @@ def replaced(restored: Callable[[Tensor], Tensor]) -> Variant:
     return variant
 
 
+def token_by_token(model: OpenLlamaForCausalLM) -> Callable[[Tensor], CausalLMOutput]:
+    """The logits of fast decoding, which computes each token in a pass of its own."""
+    quick = fast(model.bfloat16())
+
+    def call(ids: Tensor) -> CausalLMOutput:
+        cache = PreallocatedCache(quick.config, 1, ids.shape[1], torch.bfloat16)
+        passes = [Inputs(token, cache=cache, backend="sdpa") for token in ids.split(1, dim=1)]
+        return CausalLMOutput(None, torch.cat([quick(one, logits_to_keep=1).logits for one in passes], dim=1))
+
+    return call
+
+
 VARIANTS: dict[str, Variant] = {
     "bfloat16": lambda model: model.bfloat16(),
+    "bfloat16, fast": token_by_token,
     "int8": lambda model: quantize(model, "int8"),
     "int8 in bfloat16": lambda model: quantize(model, "int8").bfloat16(),
+    "int8, fast": lambda model: token_by_token(quantize(model, "int8")),
     "Q8_0": lambda model: replaced(by_gguf("Q8_0"))(model),
     "int4": lambda model: quantize(model, "int4"),
     "int4 in bfloat16": lambda model: quantize(model, "int4").bfloat16(),
+    "int4, fast": lambda model: token_by_token(quantize(model, "int4")),
     "int4, nearest": replaced(nearest_int4),
     "Q4_0": lambda model: replaced(by_gguf("Q4_0"))(model),
 }
