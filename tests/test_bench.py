@@ -28,7 +28,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     command = [
         sys.executable, "benchmarks/bench.py", "--shape", "small", "--threads", "1", "--repeats", "2",
         "--context", "32", "--tokens", "4", "--batch", "2", "--engines", "openllama bf16", "llama.cpp bf16",
-        "--work", folder / "work", "--phases", "prefill", "decode", "decode, batch", "--peer-python", f"llama-cpp={python}",
+        "--work", folder / "work",
+        "--phases", "prefill", "decode", "decode, batch", "--peer-python", f"llama-cpp={python}",
         "--json", folder / "results.json",
     ]  # fmt: skip
     done = subprocess.run(
