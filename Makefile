@@ -7,7 +7,7 @@ NATIVE := checkpoints/open-llama-tiny-native
 QUICK := $(addprefix tests/test_,$(addsuffix .py,attention cache config fidelity generation losses masks names \
 	golden reader rope)) tests/parity/test_model_parity.py::test_every_value_and_gradient_is_hf_s
 
-.PHONY: help demo quick test lint check parity processors kills fuzz interop package record clean
+.PHONY: help demo quick test lint check parity processors kills fuzz interop bench gpu package record clean
 
 help:
 	@echo "make demo        convert the shipped checkpoint and continue an English and a Chinese prompt"
@@ -20,6 +20,8 @@ help:
 	@echo "make kills       kill conversions at 240 random moments and at every rename (COUNT=1000 for more moments)"
 	@echo "make fuzz        change checkpoints at random for an hour and read them (MINUTES=5 for less)"
 	@echo "make interop     the same model in transformers 4.31.0, in current transformers and in llama.cpp; Trainer and peft"
+	@echo "make bench       how fast this package, installed peers and the machine itself are: table, JSON and pictures"
+	@echo "make gpu         the same for a GPU, with parity, in 8 minutes"
 	@echo "make package     build the wheel, install it in an empty environment and use it there"
 	@echo "make record      write tests/golden.safetensors again, confirmed by transformers 4.31.0"
 	@echo "make clean       remove .venv, .venv-interop and what make demo wrote"
@@ -66,6 +68,12 @@ interop: .venv/.installed-test .venv-interop/.installed
 	$(PYTHON) -m venv .venv-interop
 	CMAKE_ARGS="-DGGML_NATIVE=OFF" .venv-interop/bin/pip install --quiet --requirement $<
 	@touch $@
+
+bench: .venv/.installed-test .venv/.installed-plot
+	$(BIN)/python benchmarks/bench.py --json bench.json --plot bench.png --roofline roofline.png $(ARGS)
+
+gpu: .venv/.installed-test
+	$(BIN)/python benchmarks/gpu.py --json gpu.json $(ARGS)
 
 package:
 	$(PYTHON) .ci/package.py

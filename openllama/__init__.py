@@ -21,6 +21,7 @@ checkpoint  names, files and conversion
 generation  from logits to tokens
 pretrained  what models inherit: loading and saving
 interface   the three classes that people call
+inference   decoding by compiled loops
 parallel    more than one process
 chat        conversations
 cli         the command line

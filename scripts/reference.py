@@ -34,6 +34,8 @@ PUBLIC = {  # module -> its public names, in the order of the page
     "openllama.surgery": "extend_vocabulary",
     "openllama.checkpoint": "convert convert_adapter verify diff inspect open_checkpoint hf_to_native native_to_hf "
     "expected_shapes Checkpoint Comparison Inspection Verification",
+    "openllama.inference": "fast FastModel",
+    "openllama.quantized": "quantize QuantizedLinear QuantizedEmbedding QuantizedSharedHead",
     "openllama.cache": "GrowingCache PreallocatedCache Cache KeyValue",
     "openllama.masks": "pack_documents",
     "openllama.recompute": "keep_products",
