@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +269,27 @@ def test_a_cache_of_an_earlier_call_goes_on(model, prompt):
     whole = model.generate(prompt, max_new_tokens=20)
     first = quick.generate(prompt, max_new_tokens=8, past_key_values=cache)
     assert torch.equal(quick.generate(first, max_new_tokens=12, past_key_values=cache), whole)
+
+
+def test_threads_may_generate_at_the_same_time():
+    model = make_model(hidden_size=128, intermediate_size=256)
+    quick = fast(model)
+    prompts = [torch.randint(0, 40, (1, 8), generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    expected = [model.generate(prompt, max_new_tokens=60) for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            found = list(pool.map(lambda prompt: quick.generate(prompt, max_new_tokens=60), prompts))
+            assert all(map(torch.equal, found, expected))
+
+
+def test_a_copy_and_what_was_pickled_decode_by_themselves(prompt):
+    quick = fast(make_model())
+    expected = quick.generate(prompt, max_new_tokens=8)
+    for other in (copy.deepcopy(quick), pickle.loads(pickle.dumps(quick))):
+        with torch.no_grad():
+            other.model.lm_head.weight.zero_()
+        assert not torch.equal(other.generate(prompt, max_new_tokens=8), expected)
+        assert torch.equal(quick.generate(prompt, max_new_tokens=8), expected)
 
 
 # --- what the loops do not compute ------------------------------------------------------------------

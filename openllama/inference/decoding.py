@@ -70,7 +70,11 @@ class FastModel:
         embed: Callable[[Tensor], Tensor]
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["model"], name)
+        return getattr(self.model, name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, or what was pickled, has addresses of its own."""
+        return FastModel, (self.model,)
 
     def __repr__(self) -> str:
         return f"FastModel({self.model})"
@@ -121,6 +125,8 @@ class FastModel:
             return None
         config, (keys, _) = self.config, cache.storage[0]
         shape = (len(ids), config.num_attention_heads, cache.max_length, config.head_dim)
+        if mask is not None and mask.shape[1] != cache.get_seq_length() + ids.shape[1]:
+            return None
         if keys.shape != shape or keys.dtype not in KINDS or len(cache) != config.num_hidden_layers:
             return None
         if cache.get_seq_length() == 0 or self._loops.have_changed():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class Loops:
         if model.config.quantization is not None:
             restore_by(restore)  # for prompts
         self._dtype = model.dtype
-        self._vocab_size = model.config.vocab_size
+        self._lock = threading.Lock()
         self._model = self._addresses_of(model)
         self._addresses = [tensor.data_ptr() for tensor in self._tensors]
 
@@ -58,20 +59,21 @@ class Loops:
         The keys and values are written to ``cache`` but not counted; x is overwritten.
         """
         (batch, length), past = x.shape[:2], cache.get_seq_length()
-        logits = x.new_empty(batch, keep, self._vocab_size)
+        logits = x.new_empty(batch, keep, self._model.head.rows)
         mask = None if mask is None else mask.to(torch.uint8).contiguous()
         threads = torch.get_num_threads()
-        room = self._library.openllama_room(self._model, batch, length, past, threads)
-        if self._work.numel() < room:
-            self._work = torch.empty(room + 2**16)  # more, as the next pass needs a little more
         step = Pass(batch, length, past, cache.max_length, keep, threads)
         step.cos, step.sin, step.x = cos.data_ptr(), sin.data_ptr(), x.data_ptr()
         step.mask, step.logits = None if mask is None else mask.data_ptr(), logits.data_ptr()
-        step.work = self._work.data_ptr()
-        for layer, (key, value) in zip(self._layers, cache.storage, strict=True):
-            layer.keys, layer.values = key.data_ptr(), value.data_ptr()
-        self._model.cache_kind = KINDS[cache.storage[0][0].dtype]
-        self._library.openllama_forward(self._model, step)
+        with self._lock:  # threads of a server share the memory of a pass
+            room = self._library.openllama_room(self._model, batch, length, past, threads)
+            if self._work.numel() < room:
+                self._work = torch.empty(room + 2**16)  # more, as the next pass needs a little more
+            step.work = self._work.data_ptr()
+            for layer, (key, value) in zip(self._layers, cache.storage, strict=True):
+                layer.keys, layer.values = key.data_ptr(), value.data_ptr()
+            self._model.cache_kind = KINDS[cache.storage[0][0].dtype]
+            self._library.openllama_forward(self._model, step)
         return logits
 
     def _addresses_of(self, model: OpenLlamaForCausalLM) -> Model:
