@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import loss_memory
 
 KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}  # glibc gives nothing back
+PRODUCT_SECONDS = 0.3  # how long the rate of products is measured
 ROWS = ("transformers", "all logits", "model.loss", "model.loss, products kept", "model.loss, layers recomputed")
 
 
@@ -142,12 +143,12 @@ def product_rate(options: argparse.Namespace) -> float:
     torch.set_num_threads(options.threads)
     size = options.hidden_size
     left, right = torch.randn(2, size, size).to(getattr(torch, options.dtype))
-    repeats = max(1, int(1e11 / (2 * size**3)))
     left @ right
-    start = time.perf_counter()
-    for _ in range(repeats):
+    start, count = time.perf_counter(), 0
+    while (seconds := time.perf_counter() - start) < PRODUCT_SECONDS:
         left @ right
-    return repeats * 2 * size**3 / (time.perf_counter() - start)
+        count += 1
+    return count * 2 * size**3 / seconds
 
 
 def operations(options: argparse.Namespace) -> int:
