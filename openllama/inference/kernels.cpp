@@ -1,10 +1,11 @@
 // A pass of a few new tokens through all layers: the formulas of model.py as loops over the weights where they lie.
 //
 // A token needs every weight once, so a pass takes the time of reading them. Each product goes through its matrix once,
-// in order, for all rows of its input. Activations are float32 throughout.
+// in order, for all rows of its input. Activations are float32; where the processor multiplies pairs of bfloat16, int4 and
+// passes of four rows or more round the inputs of products.
 //
 // Shapes: N rows (the new tokens of all sequences), C hidden size, I intermediate size, H heads, D head dim, S keys,
-// V vocabulary. step.py mirrors the structs. All threads run all functions: `omp for` divides a loop among them.
+// V vocabulary. structs.py mirrors the structs. All threads run all functions: `omp for` divides a loop among them.
 
 #include <omp.h>
 
@@ -258,9 +259,9 @@ void multiply(const Matrix& m, const float* x, float* y, int64_t n, bool add) {
         const float* in = x;
         float* out = y;
         for (int64_t left = n; left > 0;) {
-            int64_t step = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+            int64_t step = !whole || left < 2 ? 1 : left < 4 ? 2 : 4;
             if (!whole)
-                for (int64_t r = row; step = 1, r < m.rows; r++) tile<Row, 1, 1>(m, r, in, out, add);
+                for (int64_t r = row; r < m.rows; r++) tile<Row, 1, 1>(m, r, in, out, add);
             else if (step == 4) tile<Row, 4, 4>(m, row, in, out, add), tile<Row, 4, 4>(m, row + 4, in, out, add);
             else if (step == 2) tile<Row, 8, 2>(m, row, in, out, add);
             else tile<Row, 8, 1>(m, row, in, out, add);
