@@ -197,7 +197,8 @@ class QuantizedEmbedding(QuantizedMatrix):
 
     def forward(self, ids: Tensor) -> Tensor:
         flat = ids.flatten()
-        rows = restore_matrix(self.weight[flat], self.scale[flat], self.embedding_dim, self.dtype)
+        weight, scale = self.weight.index_select(0, flat), self.scale.index_select(0, flat)
+        rows = restore_matrix(weight, scale, self.embedding_dim, self.dtype)
         return rows.view(*ids.shape, self.embedding_dim)
 
     def project(self, hidden: Tensor) -> Tensor:
