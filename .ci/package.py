@@ -34,9 +34,9 @@ def run(environment: Path, program: str, *arguments: object, where: Path) -> str
 
 
 def check_files(wheel: Path) -> None:
-    """Every file of the package is in the wheel, ``py.typed`` among them, and nothing else."""
+    """Every file of the package is in the wheel, ``py.typed`` and the loops among them, and nothing else."""
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "openllama").rglob("*.py")}
-    package.add("openllama/py.typed")
+    package |= {"openllama/py.typed", "openllama/inference/kernels.cpp"}
     with zipfile.ZipFile(wheel) as archive:
         found = {name for name in archive.namelist() if ".dist-info/" not in name}
     if found != package:
@@ -51,6 +51,12 @@ def check_commands(environment: Path, where: Path) -> None:
     print(text)
     if not (text.startswith(prompt) and text.removeprefix(prompt).strip()):
         raise PackageError(f"generate printed {text!r}")
+    if (
+        quick := run(
+            environment, "openllama", "generate", "native", "--fast", "--prompt", prompt, *options, where=where
+        )
+    ) != text:
+        raise PackageError(f"generate --fast printed {quick!r}")
 
 
 def check_types(environment: Path, where: Path) -> None:
