@@ -54,14 +54,20 @@ def main() -> int:
     return 0
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def common_options(description: str | None, tokens: int) -> argparse.ArgumentParser:
+    """The peer, the model and its input."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", help="interpreter that has transformers 5 and the same torch")
     for name, value in SHAPE.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
-    parser.add_argument("--tokens", type=int, default=2048, help="tokens of the one sequence (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=tokens, help="tokens of the one sequence (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
     parser.add_argument("--threads", type=int, default=2)
+    return parser
+
+
+def _options() -> argparse.Namespace:
+    parser = common_options(__doc__, tokens=2048)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="what to measure (default: everything)")
     parser.add_argument("--measure", choices=ROWS, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -90,13 +90,7 @@ def main() -> int:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer-python", help="interpreter that has transformers 5 and the same torch")
-    for name, value in loss_memory.SHAPE.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
-    parser.add_argument("--tokens", type=int, default=256, help="tokens of the one sequence (default: %(default)s)")
-    parser.add_argument("--dtype", choices=loss_memory.DTYPES, default=loss_memory.DTYPES[0])
-    parser.add_argument("--threads", type=int, default=2)
+    parser = loss_memory.common_options(__doc__, tokens=256)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=["transformers", "model.loss"])
     parser.add_argument("--keep-memory", action="store_true", help="each row also with freed memory kept by glibc")

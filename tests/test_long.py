@@ -7,26 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from openllama import OpenLlamaForCausalLM, masks
 from openllama.attention import attention
 from openllama.masks import causal_mask, prepare_mask
 from openllama.recompute import keep_products
+from tests.sizes import Sizes
 from tests.tiny import tiny_ids, tiny_model
-
-
-class Sizes(TorchDispatchMode):
-    """The largest tensor that any operation makes, in numbers."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        made = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        self.largest = max(self.largest, *made, 0)
-        return out
 
 
 def long_model(length: int, **fields: Any) -> OpenLlamaForCausalLM:

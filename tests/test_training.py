@@ -14,8 +14,6 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from openllama import OpenLlamaConfig, OpenLlamaForCausalLM, OpenLlamaForSequenceClassification, OpenLlamaModel, losses
 from openllama.attention import attention
@@ -24,6 +22,7 @@ from openllama.errors import InputError
 from openllama.masks import prepare_mask
 from tests.draw import examples
 from tests.parity.draws import Batch, batches, configs, length_of, randomise_norms, seeds
+from tests.sizes import Sizes
 from tests.tiny import tiny_ids, tiny_model
 
 BACKENDS = ("eager", "sdpa")
@@ -327,18 +326,6 @@ def test_the_chunked_loss_and_its_gradients_are_those_of_forward(
             assert expected[name] is None
         else:
             torch.testing.assert_close(value, expected[name], equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
-
-
-class Sizes(TorchDispatchMode):
-    """The largest tensor that any operation makes, in numbers."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        made = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        self.largest = max(self.largest, *made, 0)
-        return out
 
 
 @pytest.mark.parametrize("head", sorted(HEADS))

@@ -99,9 +99,8 @@ def convert(
             exported = quantized_export(exported, quantize)
         warnings += remarks(weights, source.config)
         dtype_after = None if cast_to is None else dtype_name(cast_to)
-        record = Record(
-            to, dtype_after, quantize, _left_out(source, chosen, weights), warnings
-        )  # warnings may still come
+        left_out = _left_out(source, chosen, weights)
+        record = Record(to, dtype_after, quantize, left_out, warnings)  # warnings may still come
         with finished_folder(dst, REPLACED, overwrite, resume=True) as folder:
             _fill_folder(folder, source, exported, record, max_shard_size or SHARD_SIZE, progress)
 

@@ -63,17 +63,25 @@ def most_rows(dtype: torch.dtype, threads: int) -> int:
     It is measured once on a machine and kept beside the loops, so that a model computes the same way each time.
     """
     path = Path(library()._name).with_suffix(".json")
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = {}
+    known = _known_rows(path)
     name = f"{str(dtype).removeprefix('torch.')}, {threads} threads"
-    if not isinstance(known, dict) or not isinstance(known.get(name), int):
-        known = {**known, name: _measure(dtype, threads)} if isinstance(known, dict) else {}
-        with contextlib.suppress(OSError), tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(known, file)
-            os.replace(file.name, path)
+    if name not in known:
+        known[name] = _measure(dtype, threads)
+        with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=path.parent) as work:
+            written = Path(work, path.name)
+            written.write_text(json.dumps(known), encoding="utf-8")
+            written.replace(path)
     return known[name]
+
+
+def _known_rows(path: Path) -> dict[str, int]:
+    """What earlier processes measured; a file that says nothing of the kind is replaced."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    entries = content.items() if isinstance(content, dict) else ()
+    return {name: rows for name, rows in entries if isinstance(rows, int)}
 
 
 def _measure(dtype: torch.dtype, threads: int) -> int:

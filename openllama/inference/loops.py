@@ -16,7 +16,13 @@ from openllama.inference.compiler import library, most_rows
 from openllama.inference.structs import KINDS, QUANTIZED, Layer, Matrix, Model, Pass
 from openllama.interface import OpenLlamaForCausalLM, OpenLlamaModel
 from openllama.model import MLP, Attention, DecoderLayer, RMSNorm, SharedHead, StableEmbedding
-from openllama.quantized.modules import QuantizedEmbedding, QuantizedLinear, QuantizedMatrix, QuantizedSharedHead
+from openllama.quantized.modules import (
+    IN_LAYER,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    QuantizedMatrix,
+    QuantizedSharedHead,
+)
 from openllama.quantized.rounding import restore_by
 
 
@@ -122,11 +128,9 @@ def restore(weight: Tensor, scale: Tensor, columns: int, dtype: torch.dtype) -> 
     return out
 
 
-def _linears(layer: Any) -> tuple[nn.Module, ...]:
+def _linears(layer: Any) -> list[nn.Module]:
     """In the order of the struct ``Layer``."""
-    attention, mlp = layer.attention, layer.mlp
-    projections = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
-    return (*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    return [layer.get_submodule(name) for name in IN_LAYER]
 
 
 def _head(model: OpenLlamaForCausalLM) -> nn.Module:

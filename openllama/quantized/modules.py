@@ -23,7 +23,7 @@ Model = TypeVar("Model", bound=nn.Module)
 BITS = {8: "int8", 4: "int4"}
 MANY = 32  # rows of bfloat16 from which int8 weights are multiplied as integers, which takes half the time
 BLOCK = 2**22  # numbers that are restored at a time for a product on a CPU: what a cache holds
-#: what is quantised of each layer
+#: the matrices of each layer, in the order in which they are used
 IN_LAYER = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj",
             "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
 
