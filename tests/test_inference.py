@@ -187,7 +187,7 @@ def test_on_held_out_text_the_loops_agree_with_float32_where_bfloat16_does():
 @pytest.mark.parametrize("shared", [False, True])
 @torch.no_grad()
 def test_quantised_matrices_are_read_as_their_modules_read_them(quantization, rows, shared):
-    """int4, and several rows, are multiplied as bfloat16 where a processor does that: never worse than all bfloat16."""
+    """The inputs of products are rounded to 16 bits for a group, which costs a small part of what bfloat16 costs."""
     fields: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 72}
     model = quantize(make_model(**fields, shared_input_output_embedding=shared), quantization)
     ids = torch.randint(0, 72, (1, 10 + rows), generator=torch.Generator().manual_seed(3))
@@ -196,10 +196,8 @@ def test_quantised_matrices_are_read_as_their_modules_read_them(quantization, ro
         inputs = cached(model, ids[:, :10], None, torch.float32, 30)._replace(tokens=ids[:, 10:])
         results.append(computing(inputs, logits_to_keep=0, return_dict=True).logits)
     exact, found = results
-    if quantization == "int8" and rows < 4:
-        torch.testing.assert_close(found, exact, rtol=0, atol=2e-5)
     narrow = model.to(torch.bfloat16)(ids).logits[:, -rows:].float()
-    assert (found - exact).abs().mean() <= (narrow - exact).abs().mean()
+    assert (found - exact).abs().mean() <= (narrow - exact).abs().mean() / 50
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])

@@ -1,8 +1,8 @@
 // A pass of a few new tokens through all layers: the formulas of model.py as loops over the weights where they lie.
 //
 // A token needs every weight once, so a pass takes the time of reading them. Each product goes through its matrix once,
-// in order, for all rows of its input. Activations are float32; where the processor multiplies pairs of bfloat16, int4 and
-// passes of four rows or more round the inputs of products.
+// in order, for all rows of its input. Activations are float32. Inputs of products with integers are rounded to 16 bits;
+// where the processor multiplies pairs of bfloat16, inputs of four rows or more are rounded to bfloat16 for such weights.
 //
 // Shapes: N rows (the new tokens of all sequences), C hidden size, I intermediate size, H heads, D head dim, S keys,
 // V vocabulary. structs.py mirrors the structs. All threads run all functions: `omp for` divides a loop among them.
@@ -14,28 +14,20 @@
 #include <cstdint>
 #include <cstring>
 #include <vector>
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
 namespace {
 
-// ---- vectors of 16 numbers, which the compiler splits where the processor has shorter ones ----
+// ---- numbers and vectors ----
 
-const int WIDTH = 16;
-typedef float Vector __attribute__((vector_size(64)));
-typedef float FloatsAt __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t HalvesAt __attribute__((vector_size(32), aligned(2)));
-typedef uint8_t BytesAt __attribute__((vector_size(16), aligned(1)));
-typedef int8_t SignedAt __attribute__((vector_size(16), aligned(1)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-
-inline float sum(Vector v) {
-    for (int width = WIDTH / 2; width; width /= 2)
-        for (int i = 0; i < width; i++) v[i] += v[i + width];
-    return v[0];
-}
+// Integers are multiplied in vectors of 16 shorts, whose products are added two by two, on every processor.
+typedef int16_t Shorts __attribute__((vector_size(32)));
+typedef int16_t ShortsAt __attribute__((vector_size(32), aligned(2)));
+typedef int32_t Ints __attribute__((vector_size(32)));
+typedef float Floats __attribute__((vector_size(32)));
+typedef float FloatsAt __attribute__((vector_size(32), aligned(4)));
 
 // A bfloat16 is the upper half of a float32.
 inline float get(const uint16_t* p) {
@@ -53,38 +45,69 @@ inline void put(uint16_t* p, float value) {  // the nearest, ties to even
 
 inline float get(const float* p) { return *p; }
 inline void put(float* p, float value) { *p = value; }
-inline Vector load(const float* p) { return *(const FloatsAt*)p; }
-inline Vector load(const uint16_t* p) { return (Vector)(__builtin_convertvector(*(const HalvesAt*)p, Words) << 16); }
+inline Floats eight(const float* p) { return *(const FloatsAt*)p; }
 
-inline void store(float* p, Vector v) { *(FloatsAt*)p = v; }
-inline void store(uint16_t* p, Vector v) {  // of finite numbers
-    Words words = (Words)v;
-    *(HalvesAt*)p = __builtin_convertvector((words + 0x7fff + (words >> 16 & 1)) >> 16, HalvesAt);
+#ifdef __AVX2__  // one instruction or two each, which compilers do not find by themselves
+inline Floats eight(const uint16_t* p) {
+    return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
 }
+inline Shorts widen(const int8_t* p) { return (Shorts)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
+inline Shorts widen(const uint8_t* p) { return (Shorts)_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p)); }
+inline Ints pairs(Shorts a, Shorts b) { return (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+#else
+typedef uint32_t Words __attribute__((vector_size(32)));
+typedef uint16_t HalvesAt __attribute__((vector_size(16), aligned(2)));
+typedef int8_t SignedAt __attribute__((vector_size(16), aligned(1)));
+typedef uint8_t BytesAt __attribute__((vector_size(16), aligned(1)));
+inline Floats eight(const uint16_t* p) { return (Floats)(__builtin_convertvector(*(const HalvesAt*)p, Words) << 16); }
+inline Shorts widen(const int8_t* p) { return __builtin_convertvector(*(const SignedAt*)p, Shorts); }
+inline Shorts widen(const uint8_t* p) { return __builtin_convertvector(*(const BytesAt*)p, Shorts); }
+inline Ints pairs(Shorts a, Shorts b) {
+    Ints x = (Ints)a, y = (Ints)b;
+    return (x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16);
+}
+#endif
 
-#ifdef __AVX512F__  // one instruction each, which compilers do not find by themselves
-inline Ints widen(const int8_t* p) { return (Ints)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
-inline Ints widen(const uint8_t* p) { return (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
-inline Vector nibbles(Ints v) {  // the lower four bits, minus 8
-    const Vector values = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
-    return (Vector)_mm512_permutexvar_ps((__m512i)v, (__m512)values);
+// Floats are multiplied in the longest vectors there are; where they have less than 8 numbers, the compiler splits them.
+#ifdef __AVX512F__
+typedef float Vector __attribute__((vector_size(64)));
+typedef float VectorAt __attribute__((vector_size(64), aligned(4)));
+const int WIDTH = 16, REGISTERS = 32;
+inline Vector load(const float* p) { return *(const VectorAt*)p; }
+inline Vector load(const uint16_t* p) {
+    return (Vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
 }
 #else
-inline Ints widen(const int8_t* p) { return __builtin_convertvector(*(const SignedAt*)p, Ints); }
-inline Ints widen(const uint8_t* p) { return __builtin_convertvector(*(const BytesAt*)p, Ints); }
-inline Vector nibbles(Ints v) { return __builtin_convertvector((v & 15) - 8, Vector); }
+typedef Floats Vector;
+const int WIDTH = 8, REGISTERS = 16;
+template <class Number>
+Vector load(const Number* p) { return eight(p); }
 #endif
 
-// ---- rows of matrices, read as floats in groups of 32 ----
+inline Floats fewer(const uint16_t* p, int count) {
+    Floats v = {};
+    for (int i = 0; i < count; i++) v[i] = get(p + i);
+    return v;
+}
 
-#ifdef __AVX512BF16__
-typedef __m512bh Pairs;  // 32 bfloat16, whose products with 32 others are added two by two in one instruction
-const __m512i INT4_VALUES = [] {  // -8 ... 7 in bfloat16, twice, as an index has 5 bits
-    uint16_t values[32];
-    for (int i = 0; i < 32; i++) put(values + i, float(i % 16 - 8));
-    return _mm512_loadu_si512(values);
-}();
-#endif
+template <class Any>
+float sum(Any v) {
+    for (int width = sizeof(Any) / sizeof(v[0]) / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) v[i] += v[i + width];
+    return v[0];
+}
+
+template <class Number>
+float dot(const float* a, const Number* b, int64_t size) {
+    Vector sums = {};
+    int64_t k = 0;
+    for (; k + WIDTH <= size; k += WIDTH) sums += load(a + k) * load(b + k);
+    float total = sum(sums);
+    for (; k < size; k++) total += a[k] * get(b + k);
+    return total;
+}
+
+// ---- matrices ----
 
 const int GROUP = 32;
 enum Kind { FLOAT32, BFLOAT16, INT8, INT4 };
@@ -95,213 +118,233 @@ struct Matrix {
     int64_t rows, columns, kind;
 };
 
+// How a group of 32 numbers lies in memory; it is read as two vectors of 16, each number OFFSET too large.
+struct Int8 {
+    static const int BYTES = 32, OFFSET = 0;
+    static void read(const uint8_t* p, Shorts w[2]) {
+        w[0] = widen((const int8_t*)p), w[1] = widen((const int8_t*)p + 16);
+    }
+};
+
+struct Int4 {  // byte j: element j in the lower half, element j + 16 in the upper
+    static const int BYTES = 16, OFFSET = 8;
+    static void read(const uint8_t* p, Shorts w[2]) {
+        Shorts bytes = widen(p);
+        w[0] = bytes & 15, w[1] = bytes >> 4;
+    }
+};
+
+// out (columns,) = the numbers of a row of a quantised matrix
 template <class Number>
-struct PlainRow {
-    const Number* data;
-    PlainRow() = default;
-    PlainRow(const Matrix& m, int64_t row) : data((const Number*)m.data + row * m.columns) {}
-    void group(int64_t k, Vector w[2]) const {
-        for (int half = 0; half < 2; half++) w[half] = load(data + k + half * WIDTH);
+void restore_row(const Matrix& m, int64_t row, Number* out) {
+    int64_t groups = (m.columns + GROUP - 1) / GROUP;
+    if (m.kind == INT8) {
+        const int8_t* data = (const int8_t*)m.data + row * m.columns;
+        float scale = ((const float*)m.scale)[row];
+        for (int64_t k = 0; k < m.columns; k++) put(out + k, data[k] * scale);
+        return;
     }
-    const void* at(int64_t k) const { return data + k; }
-    float one(int64_t k) const { return get(data + k); }
-    float factor() const { return 1; }
-#ifdef __AVX512BF16__
-    static const bool INTERLEAVED = false;
-    Pairs pairs(int64_t k) const { return (Pairs)_mm512_loadu_si512(data + k); }
-    float group_scale(int64_t) const { return 1; }
-#endif
-};
+    for (int64_t g = 0; g < groups; g++) {
+        const uint8_t* data = (const uint8_t*)m.data + (row * groups + g) * Int4::BYTES;
+        float scale = get((const uint16_t*)m.scale + row * groups + g);
+        Number numbers[GROUP];
+        for (int j = 0; j < 16; j++) put(numbers + j, ((data[j] & 15) - Int4::OFFSET) * scale);
+        for (int j = 0; j < 16; j++) put(numbers + 16 + j, ((data[j] >> 4) - Int4::OFFSET) * scale);
+        memcpy(out + g * GROUP, numbers, std::min<int64_t>(GROUP, m.columns - g * GROUP) * sizeof(Number));
+    }
+}
 
-struct Int8Row {
-    const int8_t* data;
-    float scale;
-    Int8Row() = default;
-    Int8Row(const Matrix& m, int64_t row)
-        : data((const int8_t*)m.data + row * m.columns), scale(((const float*)m.scale)[row]) {}
-    void group(int64_t k, Vector w[2]) const {
-        for (int half = 0; half < 2; half++) w[half] = __builtin_convertvector(widen(data + k + half * WIDTH), Vector);
-    }
-    const void* at(int64_t k) const { return data + k; }
-    float one(int64_t k) const { return data[k]; }
-    float factor() const { return scale; }
-#ifdef __AVX512BF16__
-    static const bool INTERLEAVED = false;
-    float group_scale(int64_t) const { return 1; }
-    Pairs pairs(int64_t k) const {
-        Vector w[2];
-        group(k, w);
-        return _mm512_cvtne2ps_pbh((__m512)w[1], (__m512)w[0]);  // exact: 8 bits are enough for -127 to 127
-    }
-#endif
-};
+template <class Number>
+void restore(const Matrix& m, Number* out) {
+    #pragma omp for schedule(static)
+    for (int64_t row = 0; row < m.rows; row++) restore_row(m, row, out + row * m.columns);
+}
 
-struct Int4Row {  // byte j of a group: element j in the lower half, element j + 16 in the upper; (half - 8) * scale
-    const uint8_t* data;
-    const uint16_t* scales;
-    Int4Row() = default;
-    Int4Row(const Matrix& m, int64_t row) {
-        int64_t groups = (m.columns + GROUP - 1) / GROUP;
-        data = (const uint8_t*)m.data + row * groups * (GROUP / 2);
-        scales = (const uint16_t*)m.scale + row * groups;
-    }
-    void group(int64_t k, Vector w[2]) const {
-        Ints bytes = widen(data + k / 2);
-        float scale = get(scales + k / GROUP);
-        w[0] = nibbles(bytes) * scale, w[1] = nibbles(bytes >> 4) * scale;
-    }
-    const void* at(int64_t k) const { return data + k / 2; }
-    float one(int64_t k) const {
-        int byte = data[k / GROUP * WIDTH + k % WIDTH];
-        return ((k % GROUP < WIDTH ? byte & 15 : byte >> 4) - 8) * get(scales + k / GROUP);
-    }
-    float factor() const { return 1; }
-#ifdef __AVX512BF16__
-    static const bool INTERLEAVED = true;  // elements 0 16 1 17 ... 15 31, still without the scale
-    Pairs pairs(int64_t k) const {
-        Ints bytes = widen(data + k / 2);
-        return (Pairs)_mm512_permutexvar_epi16((__m512i)(bytes | bytes << 12), INT4_VALUES);
-    }
-    float group_scale(int64_t k) const { return get(scales + k / GROUP); }
-#endif
-};
-
-// ---- products ----
+// ---- products with float32 and bfloat16 ----
 
 // y[n][row] = x[n] . m[row], for R rows of the matrix and N of x; rows of y are `m.rows` apart.
-template <class Row, int R, int N>
+template <class Number, int R, int N>
 void tile(const Matrix& m, int64_t row, const float* x, float* y, bool add) {
-    Row rows[R];
-    for (int r = 0; r < R; r++) rows[r] = Row(m, row + r);
+    const Number* rows[R];
+    for (int r = 0; r < R; r++) rows[r] = (const Number*)m.data + (row + r) * m.columns;
     Vector sums[R][N] = {};
-    int64_t whole = m.columns / GROUP * GROUP;
-    int64_t bytes = (const char*)rows[0].at(m.columns) - (const char*)rows[0].at(0);
-    int64_t ahead = R * bytes < 32768 ? R * bytes : 4096;  // the same place in the next tile
-    for (int64_t k = 0; k < whole; k += GROUP) {
-        Vector w[R][2];
+    int64_t whole = m.columns / WIDTH * WIDTH;
+    for (int64_t k = 0; k < whole; k += WIDTH) {
+        Vector w[R];
         for (int r = 0; r < R; r++) {
-            rows[r].group(k, w[r]);
-            __builtin_prefetch((const char*)rows[r].at(k) + ahead);
+            w[r] = load(rows[r] + k);
+            __builtin_prefetch(rows[r] + k + R * m.columns);  // the same place in the next tile
         }
-        for (int half = 0; half < 2; half++)
-            for (int n = 0; n < N; n++) {
-                Vector part = load(x + n * m.columns + k + half * WIDTH);
-                for (int r = 0; r < R; r++) sums[r][n] += w[r][half] * part;
-            }
+        for (int n = 0; n < N; n++) {
+            Vector part = load(x + n * m.columns + k);
+            for (int r = 0; r < R; r++) sums[r][n] += w[r] * part;
+        }
     }
     for (int r = 0; r < R; r++)
         for (int n = 0; n < N; n++) {
             float total = sum(sums[r][n]);
-            for (int64_t k = whole; k < m.columns; k++) total += rows[r].one(k) * x[n * m.columns + k];
+            for (int64_t k = whole; k < m.columns; k++) total += get(rows[r] + k) * x[n * m.columns + k];
             float* out = y + n * m.rows + row + r;
-            *out = total * rows[r].factor() + (add ? *out : 0);
+            *out = total + (add ? *out : 0);
         }
 }
 
+template <class Number>
+void multiply(const Matrix& m, const float* x, float* y, int64_t n, bool add) {
+    const int R = 4, N = REGISTERS / 8;  // half of the registers hold sums
+    #pragma omp for schedule(static) nowait
+    for (int64_t row = 0; row < m.rows; row += R) {
+        bool whole = row + R <= m.rows;
+        for (int64_t i = 0, step; i < n; i += step) {
+            const float* in = x + i * m.columns;
+            float* out = y + i * m.rows;
+            step = whole && i + N <= n ? N : 1;
+            if (!whole)
+                for (int64_t r = row; r < m.rows; r++) tile<Number, 1, 1>(m, r, in, out, add);
+            else if (step == N) tile<Number, R, N>(m, row, in, out, add);
+            else tile<Number, R, 1>(m, row, in, out, add);
+        }
+    }
+}
+
 #ifdef __AVX512BF16__
-// The same for x in bfloat16.
-template <class Row, int R, int N>
+// The same for bfloat16 and x rounded to it: products of pairs are added in one instruction.
+template <int R, int N>
 void narrow_tile(const Matrix& m, int64_t row, const uint16_t* x, float* y, bool add) {
-    Row rows[R];
-    for (int r = 0; r < R; r++) rows[r] = Row(m, row + r);
+    const uint16_t* rows = (const uint16_t*)m.data + row * m.columns;
     __m512 sums[R][N] = {};
-    int64_t bytes = (const char*)rows[0].at(m.columns) - (const char*)rows[0].at(0);
     for (int64_t k = 0; k < m.columns; k += GROUP) {
-        Pairs w[R];
-        float scale[R];
+        __m512bh w[R];
         for (int r = 0; r < R; r++) {
-            w[r] = rows[r].pairs(k);
-            scale[r] = rows[r].group_scale(k);
-            __builtin_prefetch((const char*)rows[r].at(k) + R * bytes);
+            w[r] = (__m512bh)_mm512_loadu_si512(rows + r * m.columns + k);
+            __builtin_prefetch(rows + (R + r) * m.columns + k);
         }
         for (int n = 0; n < N; n++) {
-            Pairs part = (Pairs)_mm512_loadu_si512(x + n * m.columns + k);
-            for (int r = 0; r < R; r++) {
-                if (!Row::INTERLEAVED) sums[r][n] = _mm512_dpbf16_ps(sums[r][n], w[r], part);
-                else sums[r][n] += scale[r] * _mm512_dpbf16_ps(__m512{}, w[r], part);
-            }
+            __m512bh part = (__m512bh)_mm512_loadu_si512(x + n * m.columns + k);
+            for (int r = 0; r < R; r++) sums[r][n] = _mm512_dpbf16_ps(sums[r][n], w[r], part);
         }
     }
     for (int r = 0; r < R; r++)
         for (int n = 0; n < N; n++) {
             float* out = y + n * m.rows + row + r;
-            *out = sum((Vector)sums[r][n]) * rows[r].factor() + (add ? *out : 0);
+            *out = sum((Vector)sums[r][n]) + (add ? *out : 0);
         }
 }
 
-template <class Row>
 void narrow_multiply(const Matrix& m, const float* x, float* y, int64_t n, bool add) {
-    thread_local std::vector<uint16_t> halves;
-    halves.resize(n * m.columns);
-    for (int64_t i = 0; i < n * m.columns; i += GROUP) {
-        __m256i first = (__m256i)_mm512_cvtneps_pbh((__m512)load(x + i));
-        __m256i second = (__m256i)_mm512_cvtneps_pbh((__m512)load(x + i + WIDTH));
-        __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
-        if (Row::INTERLEAVED)
-            both = _mm512_or_si512(_mm512_cvtepu16_epi32(first), _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16));
-        _mm512_storeu_si512(&halves[i], both);
-    }
+    std::vector<uint16_t> halves(n * m.columns);
+    for (int64_t i = 0; i < n * m.columns; i += WIDTH)
+        _mm256_storeu_si256((__m256i*)&halves[i], (__m256i)_mm512_cvtneps_pbh((__m512)load(x + i)));
     #pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < m.rows; row += 4) {
         int64_t i = 0;
-        for (; i + 4 <= n; i += 4) narrow_tile<Row, 4, 4>(m, row, &halves[i * m.columns], y + i * m.rows, add);
-        for (; i + 2 <= n; i += 2) narrow_tile<Row, 4, 2>(m, row, &halves[i * m.columns], y + i * m.rows, add);
-        for (; i < n; i++) narrow_tile<Row, 4, 1>(m, row, &halves[i * m.columns], y + i * m.rows, add);
+        for (; i + 4 <= n; i += 4) narrow_tile<4, 4>(m, row, &halves[i * m.columns], y + i * m.rows, add);
+        for (; i < n; i++) narrow_tile<4, 1>(m, row, &halves[i * m.columns], y + i * m.rows, add);
     }
 }
 #endif
 
-template <class Row>
-void multiply(const Matrix& m, const float* x, float* y, int64_t n, bool add) {
+// ---- products with int8 and int4 ----
+
+// Rows of x in 16 bits with a scale for each group: x = number * scale.
+struct Rounded {
+    std::vector<int16_t> numbers;
+    std::vector<float> scales, totals;  // of each group: the scale, and the sum of the numbers
+
+    Rounded(const float* x, int64_t size) : numbers(size), scales(size / GROUP + 8), totals(size / GROUP + 8) {
+        for (int64_t g = 0; g < size / GROUP; g++) {
+            const float* from = x + g * GROUP;
+            float highest = 0, check = 0;
+            for (int k = 0; k < GROUP; k++) {
+                float size = std::fabs(from[k]);
+                highest = size > highest ? size : highest;
+                check += from[k] * 0;  // NaN where x is not finite, and so are the products then
+            }
+            float factor = highest > 1e-30f ? 32767 / highest : 0;  // no number where the quotient would be none
+            int total = 0;
+            for (int k = 0; k < GROUP; k++) {
+                int number = int(from[k] * factor + (from[k] < 0 ? -.5f : .5f));
+                numbers[g * GROUP + k] = number, total += number;
+            }
+            scales[g] = highest / 32767 + check, totals[g] = total;
+        }
+    }
+};
+
+// y[n][row] = x[n] . m[row], for N rows of x, which start with group `first`. The integers of a group are multiplied and
+// added exactly; eight groups at a time, as their scales are read together.
+template <class Kind, int N>
+void int_row(const Matrix& m, int64_t row, const Rounded& x, int64_t first, float* y, bool add) {
+    int64_t groups = m.columns / GROUP;
+    const uint8_t* data = (const uint8_t*)m.data + row * groups * Kind::BYTES;
+    const uint16_t* scales = (const uint16_t*)m.scale + row * groups;
+    Floats sums[N] = {}, offsets[N] = {};
+    auto some = [&](int64_t start, int count) {
+        float scale[N][8];
+        for (int n = 0; n < N; n++) {
+            int64_t at = first + n * groups + start;
+            Floats of = eight(&x.scales[at]);
+            if (Kind::OFFSET) {
+                of *= count == 8 ? eight(scales + start) : fewer(scales + start, count);
+                offsets[n] += of * eight(&x.totals[at]);
+            }
+            *(FloatsAt*)scale[n] = of;
+        }
+        for (int i = 0; i < count; i++) {
+            Shorts w[2];
+            Kind::read(data + (start + i) * Kind::BYTES, w);
+            __builtin_prefetch(data + (start + i) * Kind::BYTES + 4096);
+            for (int n = 0; n < N; n++) {
+                const ShortsAt* part = (const ShortsAt*)&x.numbers[(first + n * groups + start + i) * GROUP];
+                Ints products = pairs(w[0], part[0]) + pairs(w[1], part[1]);
+                sums[n] += __builtin_convertvector(products, Floats) * scale[n][i];
+            }
+        }
+    };
+    int64_t start = 0;
+    for (; start + 8 <= groups; start += 8) some(start, 8);
+    some(start, int(groups - start));
+    for (int n = 0; n < N; n++) {
+        float total = sum(sums[n] - Kind::OFFSET * offsets[n]), *out = y + n * m.rows + row;
+        *out = total * (Kind::OFFSET ? 1 : ((const float*)m.scale)[row]) + (add ? *out : 0);
+    }
+}
+
+template <class Kind>
+void int_multiply(const Matrix& m, const float* x, float* y, int64_t n, bool add) {
+    Rounded rounded(x, n * m.columns);
     #pragma omp for schedule(static) nowait
-    for (int64_t row = 0; row < m.rows; row += 8) {
-        bool whole = row + 8 <= m.rows;
-        const float* in = x;
-        float* out = y;
-        for (int64_t left = n; left > 0;) {
-            int64_t step = !whole || left < 2 ? 1 : left < 4 ? 2 : 4;
-            if (!whole)
-                for (int64_t r = row; r < m.rows; r++) tile<Row, 1, 1>(m, r, in, out, add);
-            else if (step == 4) tile<Row, 4, 4>(m, row, in, out, add), tile<Row, 4, 4>(m, row + 4, in, out, add);
-            else if (step == 2) tile<Row, 8, 2>(m, row, in, out, add);
-            else tile<Row, 8, 1>(m, row, in, out, add);
-            left -= step, in += step * m.columns, out += step * m.rows;
+    for (int64_t row = 0; row < m.rows; row++) {
+        int64_t i = 0, groups = m.columns / GROUP;
+        for (; i + 4 <= n; i += 4) int_row<Kind, 4>(m, row, rounded, i * groups, y + i * m.rows, add);
+        for (; i < n; i++) int_row<Kind, 1>(m, row, rounded, i * groups, y + i * m.rows, add);
+    }
+}
+
+// The same where the last group of a row is not whole.
+void odd_multiply(const Matrix& m, const float* x, float* y, int64_t n, bool add) {
+    std::vector<float> numbers(m.columns);
+    #pragma omp for schedule(static) nowait
+    for (int64_t row = 0; row < m.rows; row++) {
+        restore_row(m, row, numbers.data());
+        for (int64_t i = 0; i < n; i++) {
+            float* out = y + i * m.rows + row;
+            *out = dot(x + i * m.columns, numbers.data(), m.columns) + (add ? *out : 0);
         }
     }
 }
 
 // y (N, rows) = x (N, columns) @ m.T, added to what is there if `add`. The caller waits.
 void product(const Matrix& m, const float* x, float* y, int64_t n, bool add = false) {
+    if (m.kind == FLOAT32) multiply<float>(m, x, y, n, add);
 #ifdef __AVX512BF16__
-    if (m.columns % GROUP == 0 && m.rows % 4 == 0) {
-        if (m.kind == INT4) return narrow_multiply<Int4Row>(m, x, y, n, add);
-        if (m.kind == INT8 && n >= 4) return narrow_multiply<Int8Row>(m, x, y, n, add);
-        if (m.kind == BFLOAT16 && n >= 4) return narrow_multiply<PlainRow<uint16_t>>(m, x, y, n, add);
-    }
+    else if (m.kind == BFLOAT16 && n >= 4 && m.columns % GROUP == 0 && m.rows % 4 == 0)
+        narrow_multiply(m, x, y, n, add);
 #endif
-    switch (m.kind) {
-        case FLOAT32: return multiply<PlainRow<float>>(m, x, y, n, add);
-        case BFLOAT16: return multiply<PlainRow<uint16_t>>(m, x, y, n, add);
-        case INT8: return multiply<Int8Row>(m, x, y, n, add);
-        case INT4: return multiply<Int4Row>(m, x, y, n, add);
-    }
-}
-
-// out (rows, columns) = the numbers of a quantised matrix
-template <class Row, class Number>
-void restore(const Matrix& m, Number* out) {
-    #pragma omp for schedule(static)
-    for (int64_t r = 0; r < m.rows; r++) {
-        Row row(m, r);
-        Number* to = out + r * m.columns;
-        int64_t k = 0;
-        for (; k + GROUP <= m.columns; k += GROUP) {
-            Vector w[2];
-            row.group(k, w);
-            for (int half = 0; half < 2; half++) store(to + k + half * WIDTH, w[half] * row.factor());
-        }
-        for (; k < m.columns; k++) put(to + k, row.one(k) * row.factor());
-    }
+    else if (m.kind == BFLOAT16) multiply<uint16_t>(m, x, y, n, add);
+    else if (m.columns % GROUP) odd_multiply(m, x, y, n, add);
+    else if (m.kind == INT8) int_multiply<Int8>(m, x, y, n, add);
+    else int_multiply<Int4>(m, x, y, n, add);
 }
 
 // ---- the formulas of model.py ----
@@ -380,16 +423,6 @@ void append(const Model& model, const Layer& layer, const Pass& pass, float* q, 
             put((Number*)layer.values + place + d, v[item * dim + d]);
         }
     }
-}
-
-template <class Number>
-float dot(const float* a, const Number* b, int64_t size) {
-    Vector sums = {};
-    int64_t d = 0;
-    for (; d + WIDTH <= size; d += WIDTH) sums += load(a + d) * load(b + d);
-    float total = sum(sums);
-    for (; d < size; d++) total += a[d] * get(b + d);
-    return total;
 }
 
 // softmax(q . keys / sqrt(D)) . values of one token and head; `scores` has room for all keys.
@@ -487,10 +520,8 @@ void openllama_forward(const Model* model, const Pass* pass) {
 void openllama_restore(const Matrix* matrix, void* out, int64_t kind, int64_t threads) {
     #pragma omp parallel num_threads(threads)
     {
-        if (matrix->kind == INT8 && kind == FLOAT32) restore<Int8Row>(*matrix, (float*)out);
-        else if (matrix->kind == INT8) restore<Int8Row>(*matrix, (uint16_t*)out);
-        else if (kind == FLOAT32) restore<Int4Row>(*matrix, (float*)out);
-        else restore<Int4Row>(*matrix, (uint16_t*)out);
+        if (kind == FLOAT32) restore(*matrix, (float*)out);
+        else restore(*matrix, (uint16_t*)out);
     }
 }
 
