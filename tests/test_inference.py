@@ -250,6 +250,33 @@ def test_an_assistant_may_be_fast_and_so_may_the_model(model, prompt):
         assert torch.equal(pair[0].generate(prompt, max_new_tokens=20, assistant_model=pair[1]), expected)
 
 
+@pytest.fixture
+def defaults():
+    """Sets torch's default type and device, until the test ends."""
+    dtype = torch.get_default_dtype()
+
+    def choose(chosen: torch.dtype, device: str) -> None:
+        torch.set_default_dtype(chosen)
+        torch.set_default_device(device)
+
+    yield choose
+    choose(dtype, "cpu")
+    torch.set_default_device(None)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device"), [(torch.bfloat16, "cpu"), (torch.float64, "cpu"), (torch.float32, "meta")]
+)
+def test_the_defaults_of_torch_are_not_those_of_the_loops(prompt, defaults, dtype, device):
+    model = quantize(make_model(hidden_size=64, intermediate_size=400), "int8")
+    expected = model.generate(prompt, max_new_tokens=8)
+    defaults(dtype, device)
+    quick = fast(model)
+    shapes = passes(quick)
+    assert torch.equal(quick.generate(prompt, max_new_tokens=8), expected)
+    assert len(shapes) == 8
+
+
 def test_stream_yields_the_same_tokens(model, prompt):
     expected = model.generate(prompt, max_new_tokens=12)[0, prompt.shape[1] :]
     assert torch.equal(torch.cat(list(fast(model).stream(prompt, max_new_tokens=12))), expected)

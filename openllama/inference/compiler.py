@@ -86,11 +86,12 @@ def _known_rows(path: Path) -> dict[str, int]:
 
 def _measure(dtype: torch.dtype, threads: int) -> int:
     """The last of 2, 4, ... 64 rows that the loops multiply by a matrix of 45 MB or more faster than torch."""
-    weight = torch.ones(11008, 2048, dtype=dtype)
+    weight = torch.ones(11008, 2048, dtype=dtype, device="cpu")
     matrix = Matrix(weight.data_ptr(), None, *weight.shape, KINDS[dtype])
     best = 1
     for rows in (2, 4, 8, 16, 32, 64):
-        x, y = torch.ones(rows, weight.shape[1]), torch.empty(rows, len(weight))
+        x = weight.new_ones(rows, weight.shape[1], dtype=torch.float32)
+        y = x.new_empty(rows, len(weight))
         narrow = x.to(dtype)
         ways = (
             lambda x=x, y=y, rows=rows: library().openllama_product(matrix, x.data_ptr(), y.data_ptr(), rows, threads),

@@ -140,7 +140,7 @@ class FastModel:
         cache.check_room(length)
         positions = inputs.positions
         if positions is None:
-            positions = torch.arange(past, past + length)[None]
+            positions = torch.arange(past, past + length, device="cpu")[None]
         tables = cos_sin(positions, config.head_dim, config.rope_scaling, config.max_position_embeddings, past + length)
         cos, sin = (table.expand(batch, length, 1, config.head_dim).contiguous() for table in tables)
         x = self.model.embed(inputs.tokens).to(torch.float32, copy=True)

@@ -37,7 +37,7 @@ class Loops:
         self._library = library()
         self._tensors: list[Tensor] = []  # every tensor whose address the loops have
         self._hooks = [h for module in model.modules() for h in (module._forward_hooks, module._forward_pre_hooks)]
-        self._work = torch.empty(0)
+        self._work = torch.empty(0, dtype=torch.float32, device="cpu")
         if model.config.quantization is not None:
             restore_by(restore)  # for prompts
         self._dtype = model.dtype
@@ -74,7 +74,7 @@ class Loops:
         with self._lock:  # threads of a server share the memory of a pass
             room = self._library.openllama_room(self._model, batch, length, past, threads)
             if self._work.numel() < room:
-                self._work = torch.empty(room + 2**16)  # more, as the next pass needs a little more
+                self._work = self._work.new_empty(room + 2**16)  # more, as the next pass needs a little more
             step.work = self._work.data_ptr()
             for layer, (key, value) in zip(self._layers, cache.storage, strict=True):
                 layer.keys, layer.values = key.data_ptr(), value.data_ptr()
@@ -123,7 +123,7 @@ def restore(weight: Tensor, scale: Tensor, columns: int, dtype: torch.dtype) -> 
         return None
     kind = QUANTIZED[8 if weight.dtype == torch.int8 else 4]
     matrix = Matrix(weight.data_ptr(), scale.data_ptr(), len(weight), columns, kind)
-    out = torch.empty(len(weight), columns, dtype=dtype)
+    out = weight.new_empty(len(weight), columns, dtype=dtype)
     library().openllama_restore(matrix, out.data_ptr(), KINDS[dtype], torch.get_num_threads())
     return out
 
