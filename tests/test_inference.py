@@ -8,7 +8,10 @@ import pickle
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +21,18 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.modules.module import register_module_forward_hook
 
 from openllama import OpenLlamaForCausalLM, OpenLlamaTokenizer
 from openllama.attention import register_backend, sdpa_attention
 from openllama.cache import PreallocatedCache
 from openllama.cli import main
 from openllama.errors import BackendError, InputError
+from openllama.generation import generate, stream
 from openllama.inference import FastModel, compiler, fast, quantize
 from openllama.inference.loops import Loops, restore
-from openllama.model import Inputs
+from openllama.model import MLP, Inputs, RMSNorm
 from openllama.quantized import rounding
 from openllama.quantized.rounding import restore_matrix, round_matrix
 from tests.draw import examples
@@ -57,14 +63,14 @@ def prompt() -> Tensor:
 def passes(model: FastModel) -> list[tuple[int, ...]]:
     """The shapes of the tokens that the loops are given, from now on."""
     shapes: list[tuple[int, ...]] = []
-    run = model._loops.run  # type: ignore[union-attr]
+    loops: Any = model._current()
+    run = loops.run
 
     def recorded(x: Tensor, *arguments: Any) -> Tensor:
         shapes.append(tuple(x.shape[:2]))
         return run(x, *arguments)
 
-    model._refresh = lambda: None  # type: ignore[method-assign]  # which would take other loops
-    model._loops.run = recorded  # type: ignore[union-attr, method-assign]
+    loops.run = recorded
     return shapes
 
 
@@ -332,7 +338,7 @@ def test_a_hook_that_is_added_later_runs(model, prompt):
     handle.remove()
     assert len(calls) == 4
     assert torch.equal(ids, model.generate(prompt, max_new_tokens=4))
-    shapes = passes(quick) if quick._refresh() is None else []
+    shapes = passes(quick)
     quick.generate(prompt, max_new_tokens=3)
     assert len(shapes) >= 2, "without the hook the loops are back"
 
@@ -360,6 +366,73 @@ def test_an_adapter_that_is_added_later_counts(prompt):
     with pytest.warns(UserWarning, match="the model has Linear in its place"):
         ids = quick.generate(prompt, max_new_tokens=12)
     assert torch.equal(ids, adapted.generate(input_ids=prompt, max_new_tokens=12))
+
+
+def adapt(model: OpenLlamaForCausalLM, other: OpenLlamaForCausalLM) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(3)
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)).eval()
+
+
+def take_data(model: OpenLlamaForCausalLM, other: OpenLlamaForCausalLM) -> None:
+    model.model.layers[1].mlp.down_proj.weight.data = other.model.layers[1].mlp.down_proj.weight.data
+
+
+CHANGES: dict[str, Callable[[OpenLlamaForCausalLM, OpenLlamaForCausalLM], Any]] = {
+    "weights that are assigned": lambda model, other: model.load_state_dict(other.state_dict(), assign=True),
+    "data": take_data,
+    "a linear layer": lambda model, other: setattr(
+        model.model.layers[0].mlp, "up_proj", other.model.layers[0].mlp.up_proj
+    ),
+    "a norm": lambda model, other: setattr(model.model.layers[1], "mlp_norm", weak_norm()),
+    "a layer": lambda model, other: setattr(model.model.layers, "1", other.model.layers[0]),
+    "the table": lambda model, other: model.set_input_embeddings(other.get_input_embeddings()),
+    "the eps of all norms": lambda model, other: set_eps(model, 2.0),
+    "adapters": adapt,
+    "numbers of quantised layers": lambda model, other: quantize(model, "int4"),
+}
+
+
+def weak_norm() -> RMSNorm:
+    norm = RMSNorm(32, 1e-6)
+    torch.nn.init.constant_(norm.weight, 0.1)
+    return norm
+
+
+def set_eps(model: OpenLlamaForCausalLM, eps: float) -> None:
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.eps = eps
+
+
+def continued(model: OpenLlamaForCausalLM | FastModel, change: Callable[[], Any], way: str) -> list[Tensor]:
+    """What is made before and after a change, of a model that is called in a way without ``model.generate``."""
+    ids, cache = torch.tensor([[5, 9, 13, 2]]), PreallocatedCache(model.config, 1, 40)
+    if way == "while a text is made":
+        tokens = stream(model, ids, max_new_tokens=12, past_key_values=cache)
+        before = [next(tokens) for _ in range(4)]
+        change()
+        return before + list(tokens)
+    before = [generate(model, ids, max_new_tokens=4, past_key_values=cache)]
+    change()
+    if way == "another text":
+        return [*before, generate(model, ids, max_new_tokens=8)]
+    return [*before, generate(model, before[0], max_new_tokens=8, past_key_values=cache)]
+
+
+@pytest.mark.parametrize("way", ["another text", "a second turn", "while a text is made"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_is_replaced_counts_from_the_next_pass_on(name, way):
+    results = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "decoding is not fast")  # with adapters
+        for wrap in (lambda model: model, fast):
+            model, other = make_model(), make_model(7)
+            model.set_attn_implementation("sdpa")
+            results.append(continued(wrap(model), lambda m=model, o=other: CHANGES[name](m, o), way))
+    assert all(map(torch.equal, *results))
+    unchanged = continued(make_model(), lambda: None, way)
+    assert not all(map(torch.equal, results[0], unchanged)), "the change is one"
 
 
 @pytest.mark.parametrize("change", ["in place", "loaded", "float64 and back"])
@@ -393,6 +466,154 @@ def test_what_the_loops_cannot_compute_the_model_does_and_a_warning_says_so_once
     assert torch.equal(ids, model.generate(prompt, max_new_tokens=8))
 
 
+class Doubled(torch.nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Marked(Tensor):
+    """A tensor of another type, whose numbers may be anywhere."""
+
+
+def transposed(weight: Tensor) -> Tensor:
+    return weight.t().contiguous().t()
+
+
+def replace_forward(model: OpenLlamaForCausalLM) -> None:
+    forward = model.forward
+    model.forward = lambda *ids, **named: replace(output := forward(*ids, **named), logits=-output.logits)
+
+
+def mlp(model: OpenLlamaForCausalLM) -> Any:
+    return model.model.layers[1].mlp
+
+
+OTHERS: dict[str, tuple[Callable[[OpenLlamaForCausalLM], Any], str]] = {
+    "a bias": (lambda model: setattr(mlp(model).up_proj, "bias", Parameter(torch.ones(48))), "add no bias"),
+    "a layer with a bias": (lambda model: setattr(mlp(model), "down_proj", torch.nn.Linear(48, 32)), "add no bias"),
+    "another layer": (
+        lambda model: setattr(mlp(model), "up_proj", Doubled(32, 48, bias=False)),
+        "Doubled in its place",
+    ),
+    "an activation": (lambda model: setattr(mlp(model), "act", torch.relu), "compute silu, .* has .*relu.* in an MLP"),
+    "an eps": (lambda model: setattr(model.model.layers[0].mlp_norm, "eps", 2.0), r"one eps .*\(.*, 2\.0\)"),
+    "a norm's type": (lambda model: model.model.norm.bfloat16(), r"bfloat16, 1e-06\) and \(torch\.float32"),
+    "a forward": (replace_forward, "a forward of its own"),
+    "a layer's forward": (
+        lambda model: setattr(mlp(model), "forward", lambda x: x),
+        "compute MLP, .*forward of its own",
+    ),
+    "a wider MLP": (
+        lambda model: setattr(model.model.layers[1], "mlp", MLP(replace(model.config, intermediate_size=4096)).eval()),
+        r"config says \(48, 32\) of a weight, the model has \(4096, 32\)",
+    ),
+    "fewer layers": (lambda model: setattr(model.model, "layers", model.model.layers[:1]), "says 2 layers, .* has 1"),
+    "more layers": (lambda model: model.model.layers.append(model.model.layers[0]), "says 2 layers, the model has 3"),
+    "another type of tensor": (
+        lambda model: setattr(mlp(model).up_proj, "weight", Parameter(mlp(model).up_proj.weight.as_subclass(Marked))),
+        "read plain tensors, the model has Marked",
+    ),
+    "other strides": (
+        lambda model: setattr(mlp(model).up_proj, "weight", Parameter(transposed(mlp(model).up_proj.weight))),
+        r"contiguous .* weight \(48, 32\) with strides \(1, 48\)",
+    ),
+    "other strides of quantised weights": (
+        lambda model: setattr(mlp(quantize(model, "int8")).up_proj, "weight", transposed(mlp(model).up_proj.weight)),
+        r"contiguous .* weight \(48, 32\) with strides \(1, 48\)",
+    ),
+    "inputs": (
+        lambda model: setattr(
+            model, "prepare_inputs_for_generation", partial(type(model).prepare_inputs_for_generation, model)
+        ),
+        "its prepare_inputs_for_generation is replaced",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_model_that_becomes_another_than_the_loops_compute_is_computed_by_its_modules(prompt, name):
+    model = make_model()
+    quick, (change, reason) = fast(model), OTHERS[name]
+    change(model)
+    with pytest.warns(UserWarning, match=f"decoding is not fast: .*{reason}"):
+        ids = generate(quick, prompt, max_new_tokens=8)
+    assert torch.equal(ids, model.generate(prompt, max_new_tokens=8))
+    with pytest.warns(UserWarning, match=f"decoding is not fast: .*{reason}"):
+        fast(model)
+
+
+def test_a_head_that_shares_the_table_of_another_model_is_left_to_it(prompt):
+    model, other = (make_model(seed, shared_input_output_embedding=True) for seed in (1, 7))
+    model.lm_head = other.lm_head
+    with pytest.warns(UserWarning, match="its lm_head shares that of another"):
+        quick = fast(model)
+    assert torch.equal(quick.generate(prompt, max_new_tokens=8), model.generate(prompt, max_new_tokens=8))
+
+
+def test_dropout_that_is_switched_on_is_left_to_the_model(prompt):
+    model = make_model()
+    quick = fast(model)
+    model.model.layers[1].mlp.train()
+    with pytest.warns(UserWarning, match=r"no dropout; call model\.eval\(\)"):
+        quick.generate(prompt, max_new_tokens=2)
+
+
+def test_a_subclass_with_a_forward_of_its_own_gets_its_arguments_by_name(prompt):
+    class Negated(OpenLlamaForCausalLM):
+        def forward(self, input_ids, attention_mask=None, **named):
+            assert isinstance(input_ids, Tensor)
+            output = super().forward(input_ids, attention_mask, **named)
+            return replace(output, logits=-output.logits)
+
+    model = Negated(make_model().config, attn_implementation="eager").eval()
+    with pytest.warns(UserWarning, match="compute OpenLlamaForCausalLM, the model has Negated in its place"):
+        quick = fast(model)
+    assert torch.equal(quick.generate(prompt, max_new_tokens=8), model.generate(prompt, max_new_tokens=8))
+
+
+def test_weights_that_are_elsewhere_are_an_error_of_torch_and_no_crash():
+    model = make_model()
+    quick = fast(model)
+    model.model.layers[1].to("meta")
+    with pytest.warns(UserWarning, match="contiguous weights on a CPU, .* on meta"), pytest.raises(RuntimeError):
+        quick.generate(torch.tensor([[5]]), max_new_tokens=3)
+
+
+def test_heads_of_other_dimensions_than_the_config_says_are_an_error_as_they_are_of_the_model(prompt):
+    model = make_model()
+    quick = fast(model)
+    model.config = replace(model.config, num_attention_heads=2)
+    with pytest.warns(UserWarning, match="heads of 16 dimensions, the model has 8"), pytest.raises(RuntimeError):
+        quick.generate(prompt, max_new_tokens=3)
+
+
+def test_a_hook_of_all_modules_runs(model, prompt):
+    quick, calls = fast(model), []
+    tokens = stream(quick, prompt, max_new_tokens=6)
+    next(tokens), next(tokens)
+    handle = register_module_forward_hook(lambda module, *_: calls.append(module))
+    try:
+        with pytest.warns(UserWarning, match="not fast: the loops run no hooks, and there are some for all modules"):
+            list(tokens)
+    finally:
+        handle.remove()
+    assert calls.count(model.model.norm) == 4
+
+
+def test_a_cache_of_another_class_is_written_by_its_methods(model, prompt):
+    class Counting(PreallocatedCache):
+        appended = 0
+
+        def append(self, *arguments: Any) -> Any:
+            self.appended += 1
+            return super().append(*arguments)
+
+    cache = Counting(model.config, 1, 30)
+    ids = fast(model).generate(prompt, max_new_tokens=5, past_key_values=cache)
+    assert cache.appended == 5 * model.config.num_hidden_layers
+    assert torch.equal(ids, model.generate(prompt, max_new_tokens=5))
+
+
 def test_float16_is_left_to_the_model(prompt):
     with pytest.warns(UserWarning, match=r"float32 and bfloat16, the model has torch\.float16"):
         fast(make_model().half())
@@ -411,17 +632,6 @@ def test_a_registered_backend_is_not_passed_over(prompt):
     with pytest.warns(UserWarning, match="registered backend 'counting'"):
         fast(model).generate(prompt, max_new_tokens=3)
     assert len(calls) == 6
-
-
-def test_a_subclass_with_a_layer_of_its_own_is_not_passed_over(model):
-    class Other(torch.nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return 2 * super().forward(x)
-
-    changed = make_model()
-    changed.model.layers[0].mlp.up_proj = Other(32, 48, bias=False)
-    with pytest.warns(UserWarning, match="compute Linear, the model has Other in its place"):
-        fast(changed)
 
 
 def test_gradients_come_from_the_model(model, prompt):
