@@ -31,9 +31,10 @@ from openllama.cli import main
 from openllama.errors import BackendError, InputError
 from openllama.generation import generate, stream
 from openllama.inference import FastModel, compiler, fast, quantize
-from openllama.inference.loops import Loops, restore
+from openllama.inference.loops import Loops
+from openllama.inference.restoring import restore
 from openllama.model import MLP, Inputs, RMSNorm
-from openllama.quantized import rounding
+from openllama.quantized.modules import QuantizedMatrix
 from openllama.quantized.rounding import restore_matrix, round_matrix
 from tests.draw import examples
 from tests.generating import make_model
@@ -45,9 +46,8 @@ PROCESSORS = {"AVX-512": ["-march=x86-64-v4"], "AVX2": ["-march=x86-64-v3"], "SS
 
 @pytest.fixture(autouse=True)
 def _same_on_every_machine(monkeypatch):
-    """Up to 16 tokens, which a machine measures; and no test changes how others restore matrices."""
+    """Up to 16 tokens, which a machine measures."""
     monkeypatch.setattr(Loops, "_most_rows", 16)
-    monkeypatch.setattr(rounding, "_FASTER", [])
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +214,20 @@ def test_quantised_matrices_are_read_as_their_modules_read_them(quantization, ro
 def test_matrices_are_restored_for_prompts_in_the_same_bits(quantization, dtype, shape):
     weight, scale = round_matrix(torch.randn(shape), quantization)
     assert torch.equal(restore(weight, scale, shape[1], dtype), restore_matrix(weight, scale, shape[1], dtype))
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@torch.no_grad()
+def test_a_quantised_model_that_decodes_fast_works_in_torch_func_and_others_are_as_before(quantization):
+    model, other = (quantize(make_model(), quantization) for _ in range(2))
+    ids = torch.randint(0, 40, (3, 2, 7))
+    expected = torch.stack([other(row).logits for row in ids])
+    fast(model)
+    for vmapped in (model, other):
+        found = torch.func.vmap(lambda row, m=vmapped: m(row, use_cache=False).logits)(ids)
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+    matrices = [module for module in other.modules() if isinstance(module, QuantizedMatrix)]
+    assert all(module.restore is restore_matrix for module in matrices)
 
 
 # --- generation -------------------------------------------------------------------------------------
@@ -669,6 +683,15 @@ def test_without_a_compiler_the_model_decodes_and_a_warning_says_so(model, promp
     with pytest.warns(UserWarning, match=r"not fast: .*needs a C\+\+ compiler, .*\(no-such-compiler\); install one"):
         quick = fast(model)
     assert torch.equal(quick.generate(prompt, max_new_tokens=5), model.generate(prompt, max_new_tokens=5))
+
+
+def test_a_quantised_model_that_was_pickled_where_there_is_a_compiler_is_used_where_there_is_none(anew, monkeypatch):
+    model = quantize(make_model(), "int8")
+    fast(model)
+    pickled, ids = pickle.dumps(model), torch.arange(40)[None]
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    compiler.library.cache_clear()
+    assert torch.equal(pickle.loads(pickled)(ids).logits, quantize(make_model(), "int8")(ids).logits)
 
 
 def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(model, anew, monkeypatch):

@@ -11,9 +11,9 @@ from torch import Tensor
 from openllama.cache import PreallocatedCache
 from openllama.inference.compiler import library, most_rows
 from openllama.inference.reading import Reading, check_settings
-from openllama.inference.structs import KINDS, QUANTIZED, Matrix, Pass
+from openllama.inference.restoring import restore_by_loops
+from openllama.inference.structs import KINDS, Pass
 from openllama.interface import OpenLlamaForCausalLM
-from openllama.quantized.rounding import restore_by
 
 
 class Loops:
@@ -30,7 +30,7 @@ class Loops:
         self._model, self._layers = reading.model, reading.layers
         self._work = torch.empty(0, dtype=torch.float32, device="cpu")
         if model.config.quantization is not None:
-            restore_by(restore)  # for prompts
+            restore_by_loops(model)  # for prompts
         self._dtype = model.dtype
         self._lock = threading.Lock()
 
@@ -72,16 +72,3 @@ class Loops:
             self._model.cache_kind = KINDS[cache.storage[0][0].dtype]
             self._library.openllama_forward(self._model, step)
         return logits
-
-
-def restore(weight: Tensor, scale: Tensor, columns: int, dtype: torch.dtype) -> Tensor | None:
-    """As ``quantized.rounding.restore_matrix``, on a CPU."""
-    if not (weight.is_cpu and weight.is_contiguous() and scale.is_contiguous() and dtype in KINDS):
-        return None
-    if torch.compiler.is_compiling() or type(weight) is not Tensor:
-        return None
-    kind = QUANTIZED[8 if weight.dtype == torch.int8 else 4]
-    matrix = Matrix(weight.data_ptr(), scale.data_ptr(), len(weight), columns, kind)
-    out = weight.new_empty(len(weight), columns, dtype=dtype)
-    library().openllama_restore(matrix, out.data_ptr(), KINDS[dtype], torch.get_num_threads())
-    return out
