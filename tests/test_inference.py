@@ -666,6 +666,93 @@ def test_only_a_causal_language_model_can_be_fast(model):
     assert fast(quick := fast(model)) is quick
 
 
+# --- the model around the loops ---------------------------------------------------------------------
+
+
+def test_what_is_assigned_and_what_returns_the_model_is_as_of_the_model(prompt):
+    model = make_model()
+    quick = fast(model)
+    for method in (
+        quick.eval,
+        quick.float,
+        quick.bfloat16,
+        lambda: quick.to("cpu"),
+        lambda: quick.requires_grad_(False),
+    ):
+        assert method() is quick
+    assert model.dtype == torch.bfloat16
+    assert quick.base_model is model.model
+    quick.config = config = replace(model.config, num_labels=5)
+    quick.generation_config = replace(model.generation_config, max_new_tokens=3)
+    assert model.config is model.model.config is config
+    assert model.generation_config.max_new_tokens == 3
+    assert quick.generate(prompt).shape[1] == prompt.shape[1] + 3
+    with pytest.raises(AttributeError, match="model"):
+        quick.model = make_model(7)
+    assert quick.model is model
+
+
+def test_quantising_what_is_no_module_is_an_error_that_changes_nothing(prompt):
+    model = make_model()
+    quick, expected = fast(model), model.generate(prompt, max_new_tokens=6)
+    with pytest.raises(InputError, match=r"got FastModel; give the model itself, .* its \.model"):
+        quantize(quick, "int8")
+    assert model.config.quantization is None
+    assert torch.equal(quick.generate(prompt, max_new_tokens=6), expected)
+    quantize(quick.model, "int8")
+    assert torch.equal(quick.generate(prompt, max_new_tokens=6), model.generate(prompt, max_new_tokens=6))
+
+
+@torch.no_grad()
+def test_a_pass_without_a_number_of_logits_has_all_and_what_does_not_go_with_it_is_refused(model, prompt):
+    quick, inputs = fast(model), cached(model, prompt[:, :5], None, torch.float32, 30)._replace(tokens=prompt[:, 5:8])
+    shapes = passes(quick)
+    logits = quick(inputs).logits
+    assert shapes == [(1, 3)]
+    torch.testing.assert_close(logits, model(prompt[:, :8]).logits[:, 5:], rtol=0, atol=2e-5)
+    with pytest.raises(InputError, match="Inputs hold all arguments"):
+        quick(inputs, torch.ones(1, 8))
+    with pytest.raises(InputError, match="got -1"):
+        quick(inputs, logits_to_keep=-1)
+    assert quick(inputs, labels=prompt[:, 5:8]).loss is not None
+
+
+@torch.no_grad()
+def test_a_registered_backend_that_one_pass_asks_for_is_called(model, prompt):
+    register_backend("raising", lambda *_: 1 / 0)
+    inputs = cached(model, prompt[:, :5], None, torch.float32, 30)._replace(tokens=prompt[:, 5:6], backend="raising")
+    with pytest.raises(ZeroDivisionError):
+        fast(model)(inputs)
+
+
+def test_the_reason_is_that_of_now_and_each_time_there_is_one_a_warning_gives_it(model, prompt):
+    quick = fast(model)
+    assert quick.reason == ""
+    for _ in range(2):
+        handle = model.model.norm.register_forward_hook(lambda *_: None)
+        with pytest.warns(UserWarning, match="decoding is not fast: the loops run no hooks, and RMSNorm has some"):
+            quick.generate(prompt, max_new_tokens=3)
+        assert quick.reason == "the loops run no hooks, and RMSNorm has some"
+        handle.remove()
+        shapes = passes(quick)
+        quick.generate(prompt, max_new_tokens=3)
+        assert shapes == [(1, 9), (1, 1), (1, 1)]
+        assert quick.reason == ""
+
+
+def test_another_thread_may_find_a_reason_at_any_time(model, prompt, monkeypatch):
+    quick = fast(model)
+    take = Loops.take
+
+    def taken(loops: Loops, rows: int) -> bool:
+        quick._loops = None
+        return take(loops, rows)
+
+    expected = quick.generate(prompt, max_new_tokens=6)
+    monkeypatch.setattr(Loops, "take", taken)
+    assert torch.equal(quick.generate(prompt, max_new_tokens=6), expected)
+
+
 # --- the compiler -----------------------------------------------------------------------------------
 
 

@@ -7,6 +7,8 @@ products of libraries are faster, so a prompt goes through the modules of the mo
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -47,12 +49,12 @@ def fast(model: OpenLlamaForCausalLM) -> FastModel:
 class FastModel:
     """``generate``, ``stream`` and calls of a model, decoding by the loops where they apply.
 
-    Everything else is that of ``model``. In bfloat16 the numbers are nearer to those of float32 than the model's own:
-    only weights and cache are bfloat16 here, all between is float32.
+    Everything else is that of ``model``, to which assignments go, too. In bfloat16 the numbers are nearer to those of
+    float32 than the model's own: only weights and cache are bfloat16 here, all between is float32.
     """
 
     def __init__(self, model: OpenLlamaForCausalLM) -> None:
-        self.model = model
+        self._model = model
         self._loops: Loops | None = None
         self._reason = ""
         self._current()
@@ -64,13 +66,44 @@ class FastModel:
         training: bool
         generation_config: GenerationConfig
         get_decoder: Callable[[], Callable[..., Any]]
-        prepare_inputs_for_generation: Callable[..., dict[str, Any]]
         lm_head: Callable[[Tensor], Tensor]
         parameters: Callable[[], Iterable[Tensor]]
         embed: Callable[[Tensor], Tensor]
 
+    @property
+    def model(self) -> OpenLlamaForCausalLM:
+        """The model whose weights these are; for another, ``fast`` makes another."""
+        return self._model
+
+    @property
+    def reason(self) -> str:
+        """Why decoding is not fast, in the words of the warning; "" where it is."""
+        self._current()
+        return self._reason
+
+    @property
+    def prepare_inputs_for_generation(self) -> Callable[..., dict[str, Any]]:
+        """The model's own, or what has replaced it."""
+        return self.model.prepare_inputs_for_generation
+
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
+        """What the model has; a method that returns the model, such as ``eval``, returns this."""
+        found = getattr(self.model, name)
+        if not (inspect.ismethod(found) and found.__self__ is self.model):
+            return found
+
+        @functools.wraps(found)
+        def method(*arguments: Any, **named: Any) -> Any:
+            result = found(*arguments, **named)
+            return self if result is self.model else result
+
+        return method
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("model", "_model", "_loops", "_reason"):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.model, name, value)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, or what was pickled, has addresses of its own."""
@@ -103,8 +136,10 @@ class FastModel:
 
     def forward(self, input_ids: Tensor | Inputs | None = None, *arguments: Any, **named: Any) -> Any:
         """As ``OpenLlamaForCausalLM.forward``; the loops take the passes of ``generate`` that are of few tokens."""
-        if isinstance(input_ids, Inputs) and (loops := self._loops_for(input_ids)) is not None:
-            return self._decode(loops, input_ids, named["logits_to_keep"])
+        if isinstance(input_ids, Inputs) and not arguments and named.keys() <= {"logits_to_keep", "return_dict"}:
+            keep, loops = named.get("logits_to_keep", 0), self._loops_for(input_ids)
+            if loops is not None and isinstance(keep, int) and keep >= 0:
+                return self._decode(loops, input_ids, keep)
         return self.model(input_ids, *arguments, **named)
 
     def _current(self) -> Loops | None:

@@ -228,8 +228,13 @@ def quantize(model: Model, quantization: str) -> Model:
 
     These are the table of embeddings, those of the layers and ``lm_head``; a shared or tied head uses the rounded
     table. Norms and a classifier's ``score`` stay as they are, and are frozen. Raises ``InputError`` for a model with
-    other modules in these places, before anything is changed, and for NaN and infinity.
+    other modules in these places, or what is no module, before anything is changed, and for NaN and infinity.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"quantize rounds the modules of a model, got {type(model).__name__}; give the model itself, of one that "
+            "decodes fast its .model"
+        )
     places = _places(model, quantization)
     bits = next(bits for bits, name in BITS.items() if name == quantization)
     for name in places:
