@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -799,6 +800,83 @@ def test_a_folder_that_cannot_be_written_is_a_warning(model, anew):
     anew.write_text("a file")
     with pytest.warns(UserWarning, match=r"could not be built in .*cache"):
         fast(model)
+
+
+def test_a_compiler_that_failed_is_tried_again_only_when_another_is_named(model, prompt, anew, monkeypatch):
+    tried = []
+    build = compiler._build
+
+    def failing(command: list[str], path: Path) -> None:
+        tried.append(command[0])
+        raise BackendError("it cannot")
+
+    monkeypatch.setattr(compiler, "_build", failing)
+    monkeypatch.setenv("CXX", "g++")
+    with pytest.warns(UserWarning, match="it cannot"):
+        quick = fast(model)
+    quick.generate(prompt, max_new_tokens=3)
+    with pytest.warns(UserWarning, match="it cannot"):
+        fast(model)
+    assert tried == ["g++"]
+    monkeypatch.setattr(compiler, "_build", build)
+    monkeypatch.setenv("CXX", "c++")
+    assert quick.reason == ""
+
+
+@pytest.fixture
+def no_cache(monkeypatch, tmp_path):
+    """No folder is named, and that of the user cannot be made; the private folder is returned."""
+    monkeypatch.delenv("OPENLLAMA_CACHE", raising=False)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return tmp_path / f"openllama-{os.getuid()}"
+
+
+def test_without_a_folder_that_can_be_written_a_private_one_is_made(no_cache):
+    for _ in range(2):
+        assert compiler.folder("kernels.so") == no_cache
+    assert no_cache.stat().st_mode & 0o777 == 0o700
+
+
+def test_without_a_home_a_private_folder_is_made(no_cache, monkeypatch):
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    assert compiler.folder("kernels.so") == no_cache
+
+
+def test_loops_that_somebody_built_are_used_where_nothing_can_be_written(no_cache, monkeypatch, tmp_path):
+    usual = tmp_path / "cache" / "openllama"
+    usual.mkdir(parents=True)
+    (usual / "kernels.so").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(usual.parent))
+
+    def read_only(dir: Path) -> None:
+        raise PermissionError(dir)
+
+    monkeypatch.setattr("tempfile.TemporaryDirectory", read_only)
+    assert compiler.folder("kernels.so") == usual
+    assert compiler.folder("others.so") == no_cache
+
+
+@pytest.mark.parametrize("found", ["a link", "open to others", "of somebody else"])
+def test_a_private_folder_that_is_not_private_is_refused(no_cache, found, monkeypatch, tmp_path):
+    if found == "a link":
+        (tmp_path / "elsewhere").mkdir(mode=0o700)
+        no_cache.symlink_to(tmp_path / "elsewhere")
+    elif found == "open to others":
+        no_cache.mkdir()
+        no_cache.chmod(0o770)
+    else:
+        compiler.folder("kernels.so")
+        user = os.getuid()
+        monkeypatch.setattr(os, "getuid", lambda: user + 1)
+        no_cache.rename(tmp_path / f"openllama-{user + 1}")
+    with pytest.raises(BackendError, match=r"openllama-\d+ must be a folder of user \d+ .*; remove it, or set"):
+        compiler.folder("kernels.so")
 
 
 def test_it_is_built_once_for_all_processes(model, anew):
