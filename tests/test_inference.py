@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +22,20 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.modules.module import register_module_forward_hook
 
 from openllama import OpenLlamaForCausalLM, OpenLlamaTokenizer
 from openllama.attention import register_backend, sdpa_attention
 from openllama.cache import PreallocatedCache
 from openllama.cli import main
 from openllama.errors import BackendError, InputError
+from openllama.generation import generate, stream
 from openllama.inference import FastModel, compiler, fast, quantize
-from openllama.inference.loops import Loops, restore
-from openllama.model import Inputs
-from openllama.quantized import rounding
+from openllama.inference.loops import Loops
+from openllama.inference.restoring import restore
+from openllama.model import MLP, Inputs, RMSNorm
+from openllama.quantized.modules import QuantizedMatrix
 from openllama.quantized.rounding import restore_matrix, round_matrix
 from tests.draw import examples
 from tests.generating import make_model
@@ -39,9 +47,8 @@ PROCESSORS = {"AVX-512": ["-march=x86-64-v4"], "AVX2": ["-march=x86-64-v3"], "SS
 
 @pytest.fixture(autouse=True)
 def _same_on_every_machine(monkeypatch):
-    """Up to 16 tokens, which a machine measures; and no test changes how others restore matrices."""
+    """Up to 16 tokens, which a machine measures."""
     monkeypatch.setattr(Loops, "_most_rows", 16)
-    monkeypatch.setattr(rounding, "_FASTER", [])
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +64,14 @@ def prompt() -> Tensor:
 def passes(model: FastModel) -> list[tuple[int, ...]]:
     """The shapes of the tokens that the loops are given, from now on."""
     shapes: list[tuple[int, ...]] = []
-    run = model._loops.run  # type: ignore[union-attr]
+    loops: Any = model._current()
+    run = loops.run
 
     def recorded(x: Tensor, *arguments: Any) -> Tensor:
         shapes.append(tuple(x.shape[:2]))
         return run(x, *arguments)
 
-    model._refresh = lambda: None  # type: ignore[method-assign]  # which would take other loops
-    model._loops.run = recorded  # type: ignore[union-attr, method-assign]
+    loops.run = recorded
     return shapes
 
 
@@ -208,6 +215,20 @@ def test_matrices_are_restored_for_prompts_in_the_same_bits(quantization, dtype,
     assert torch.equal(restore(weight, scale, shape[1], dtype), restore_matrix(weight, scale, shape[1], dtype))
 
 
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@torch.no_grad()
+def test_a_quantised_model_that_decodes_fast_works_in_torch_func_and_others_are_as_before(quantization):
+    model, other = (quantize(make_model(), quantization) for _ in range(2))
+    ids = torch.randint(0, 40, (3, 2, 7))
+    expected = torch.stack([other(row).logits for row in ids])
+    fast(model)
+    for vmapped in (model, other):
+        found = torch.func.vmap(lambda row, m=vmapped: m(row, use_cache=False).logits)(ids)
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+    matrices = [module for module in other.modules() if isinstance(module, QuantizedMatrix)]
+    assert all(module.restore is restore_matrix for module in matrices)
+
+
 # --- generation -------------------------------------------------------------------------------------
 
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -246,6 +267,33 @@ def test_an_assistant_may_be_fast_and_so_may_the_model(model, prompt):
     expected = model.generate(prompt, max_new_tokens=20)
     for pair in ((fast(model), fast(make_model(2))), (model, fast(make_model(2))), (fast(model), make_model(2))):
         assert torch.equal(pair[0].generate(prompt, max_new_tokens=20, assistant_model=pair[1]), expected)
+
+
+@pytest.fixture
+def defaults():
+    """Sets torch's default type and device, until the test ends."""
+    dtype = torch.get_default_dtype()
+
+    def choose(chosen: torch.dtype, device: str) -> None:
+        torch.set_default_dtype(chosen)
+        torch.set_default_device(device)
+
+    yield choose
+    choose(dtype, "cpu")
+    torch.set_default_device(None)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device"), [(torch.bfloat16, "cpu"), (torch.float64, "cpu"), (torch.float32, "meta")]
+)
+def test_the_defaults_of_torch_are_not_those_of_the_loops(prompt, defaults, dtype, device):
+    model = quantize(make_model(hidden_size=64, intermediate_size=400), "int8")
+    expected = model.generate(prompt, max_new_tokens=8)
+    defaults(dtype, device)
+    quick = fast(model)
+    shapes = passes(quick)
+    assert torch.equal(quick.generate(prompt, max_new_tokens=8), expected)
+    assert len(shapes) == 8
 
 
 def test_stream_yields_the_same_tokens(model, prompt):
@@ -303,7 +351,7 @@ def test_a_hook_that_is_added_later_runs(model, prompt):
     handle.remove()
     assert len(calls) == 4
     assert torch.equal(ids, model.generate(prompt, max_new_tokens=4))
-    shapes = passes(quick) if quick._refresh() is None else []
+    shapes = passes(quick)
     quick.generate(prompt, max_new_tokens=3)
     assert len(shapes) >= 2, "without the hook the loops are back"
 
@@ -331,6 +379,73 @@ def test_an_adapter_that_is_added_later_counts(prompt):
     with pytest.warns(UserWarning, match="the model has Linear in its place"):
         ids = quick.generate(prompt, max_new_tokens=12)
     assert torch.equal(ids, adapted.generate(input_ids=prompt, max_new_tokens=12))
+
+
+def adapt(model: OpenLlamaForCausalLM, other: OpenLlamaForCausalLM) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(3)
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)).eval()
+
+
+def take_data(model: OpenLlamaForCausalLM, other: OpenLlamaForCausalLM) -> None:
+    model.model.layers[1].mlp.down_proj.weight.data = other.model.layers[1].mlp.down_proj.weight.data
+
+
+CHANGES: dict[str, Callable[[OpenLlamaForCausalLM, OpenLlamaForCausalLM], Any]] = {
+    "weights that are assigned": lambda model, other: model.load_state_dict(other.state_dict(), assign=True),
+    "data": take_data,
+    "a linear layer": lambda model, other: setattr(
+        model.model.layers[0].mlp, "up_proj", other.model.layers[0].mlp.up_proj
+    ),
+    "a norm": lambda model, other: setattr(model.model.layers[1], "mlp_norm", weak_norm()),
+    "a layer": lambda model, other: setattr(model.model.layers, "1", other.model.layers[0]),
+    "the table": lambda model, other: model.set_input_embeddings(other.get_input_embeddings()),
+    "the eps of all norms": lambda model, other: set_eps(model, 2.0),
+    "adapters": adapt,
+    "numbers of quantised layers": lambda model, other: quantize(model, "int4"),
+}
+
+
+def weak_norm() -> RMSNorm:
+    norm = RMSNorm(32, 1e-6)
+    torch.nn.init.constant_(norm.weight, 0.1)
+    return norm
+
+
+def set_eps(model: OpenLlamaForCausalLM, eps: float) -> None:
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.eps = eps
+
+
+def continued(model: OpenLlamaForCausalLM | FastModel, change: Callable[[], Any], way: str) -> list[Tensor]:
+    """What is made before and after a change, of a model that is called in a way without ``model.generate``."""
+    ids, cache = torch.tensor([[5, 9, 13, 2]]), PreallocatedCache(model.config, 1, 40)
+    if way == "while a text is made":
+        tokens = stream(model, ids, max_new_tokens=12, past_key_values=cache)
+        before = [next(tokens) for _ in range(4)]
+        change()
+        return before + list(tokens)
+    before = [generate(model, ids, max_new_tokens=4, past_key_values=cache)]
+    change()
+    if way == "another text":
+        return [*before, generate(model, ids, max_new_tokens=8)]
+    return [*before, generate(model, before[0], max_new_tokens=8, past_key_values=cache)]
+
+
+@pytest.mark.parametrize("way", ["another text", "a second turn", "while a text is made"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_is_replaced_counts_from_the_next_pass_on(name, way):
+    results = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "decoding is not fast")  # with adapters
+        for wrap in (lambda model: model, fast):
+            model, other = make_model(), make_model(7)
+            model.set_attn_implementation("sdpa")
+            results.append(continued(wrap(model), lambda m=model, o=other: CHANGES[name](m, o), way))
+    assert all(map(torch.equal, *results))
+    unchanged = continued(make_model(), lambda: None, way)
+    assert not all(map(torch.equal, results[0], unchanged)), "the change is one"
 
 
 @pytest.mark.parametrize("change", ["in place", "loaded", "float64 and back"])
@@ -364,6 +479,154 @@ def test_what_the_loops_cannot_compute_the_model_does_and_a_warning_says_so_once
     assert torch.equal(ids, model.generate(prompt, max_new_tokens=8))
 
 
+class Doubled(torch.nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Marked(Tensor):
+    """A tensor of another type, whose numbers may be anywhere."""
+
+
+def transposed(weight: Tensor) -> Tensor:
+    return weight.t().contiguous().t()
+
+
+def replace_forward(model: OpenLlamaForCausalLM) -> None:
+    forward = model.forward
+    model.forward = lambda *ids, **named: replace(output := forward(*ids, **named), logits=-output.logits)
+
+
+def mlp(model: OpenLlamaForCausalLM) -> Any:
+    return model.model.layers[1].mlp
+
+
+OTHERS: dict[str, tuple[Callable[[OpenLlamaForCausalLM], Any], str]] = {
+    "a bias": (lambda model: setattr(mlp(model).up_proj, "bias", Parameter(torch.ones(48))), "add no bias"),
+    "a layer with a bias": (lambda model: setattr(mlp(model), "down_proj", torch.nn.Linear(48, 32)), "add no bias"),
+    "another layer": (
+        lambda model: setattr(mlp(model), "up_proj", Doubled(32, 48, bias=False)),
+        "Doubled in its place",
+    ),
+    "an activation": (lambda model: setattr(mlp(model), "act", torch.relu), "compute silu, .* has .*relu.* in an MLP"),
+    "an eps": (lambda model: setattr(model.model.layers[0].mlp_norm, "eps", 2.0), r"one eps .*\(.*, 2\.0\)"),
+    "a norm's type": (lambda model: model.model.norm.bfloat16(), r"bfloat16, 1e-06\) and \(torch\.float32"),
+    "a forward": (replace_forward, "a forward of its own"),
+    "a layer's forward": (
+        lambda model: setattr(mlp(model), "forward", lambda x: x),
+        "compute MLP, .*forward of its own",
+    ),
+    "a wider MLP": (
+        lambda model: setattr(model.model.layers[1], "mlp", MLP(replace(model.config, intermediate_size=4096)).eval()),
+        r"config says \(48, 32\) of a weight, the model has \(4096, 32\)",
+    ),
+    "fewer layers": (lambda model: setattr(model.model, "layers", model.model.layers[:1]), "says 2 layers, .* has 1"),
+    "more layers": (lambda model: model.model.layers.append(model.model.layers[0]), "says 2 layers, the model has 3"),
+    "another type of tensor": (
+        lambda model: setattr(mlp(model).up_proj, "weight", Parameter(mlp(model).up_proj.weight.as_subclass(Marked))),
+        "read plain tensors, the model has Marked",
+    ),
+    "other strides": (
+        lambda model: setattr(mlp(model).up_proj, "weight", Parameter(transposed(mlp(model).up_proj.weight))),
+        r"contiguous .* weight \(48, 32\) with strides \(1, 48\)",
+    ),
+    "other strides of quantised weights": (
+        lambda model: setattr(mlp(quantize(model, "int8")).up_proj, "weight", transposed(mlp(model).up_proj.weight)),
+        r"contiguous .* weight \(48, 32\) with strides \(1, 48\)",
+    ),
+    "inputs": (
+        lambda model: setattr(
+            model, "prepare_inputs_for_generation", partial(type(model).prepare_inputs_for_generation, model)
+        ),
+        "its prepare_inputs_for_generation is replaced",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_model_that_becomes_another_than_the_loops_compute_is_computed_by_its_modules(prompt, name):
+    model = make_model()
+    quick, (change, reason) = fast(model), OTHERS[name]
+    change(model)
+    with pytest.warns(UserWarning, match=f"decoding is not fast: .*{reason}"):
+        ids = generate(quick, prompt, max_new_tokens=8)
+    assert torch.equal(ids, model.generate(prompt, max_new_tokens=8))
+    with pytest.warns(UserWarning, match=f"decoding is not fast: .*{reason}"):
+        fast(model)
+
+
+def test_a_head_that_shares_the_table_of_another_model_is_left_to_it(prompt):
+    model, other = (make_model(seed, shared_input_output_embedding=True) for seed in (1, 7))
+    model.lm_head = other.lm_head
+    with pytest.warns(UserWarning, match="its lm_head shares that of another"):
+        quick = fast(model)
+    assert torch.equal(quick.generate(prompt, max_new_tokens=8), model.generate(prompt, max_new_tokens=8))
+
+
+def test_dropout_that_is_switched_on_is_left_to_the_model(prompt):
+    model = make_model()
+    quick = fast(model)
+    model.model.layers[1].mlp.train()
+    with pytest.warns(UserWarning, match=r"no dropout; call model\.eval\(\)"):
+        quick.generate(prompt, max_new_tokens=2)
+
+
+def test_a_subclass_with_a_forward_of_its_own_gets_its_arguments_by_name(prompt):
+    class Negated(OpenLlamaForCausalLM):
+        def forward(self, input_ids, attention_mask=None, **named):
+            assert isinstance(input_ids, Tensor)
+            output = super().forward(input_ids, attention_mask, **named)
+            return replace(output, logits=-output.logits)
+
+    model = Negated(make_model().config, attn_implementation="eager").eval()
+    with pytest.warns(UserWarning, match="compute OpenLlamaForCausalLM, the model has Negated in its place"):
+        quick = fast(model)
+    assert torch.equal(quick.generate(prompt, max_new_tokens=8), model.generate(prompt, max_new_tokens=8))
+
+
+def test_weights_that_are_elsewhere_are_an_error_of_torch_and_no_crash():
+    model = make_model()
+    quick = fast(model)
+    model.model.layers[1].to("meta")
+    with pytest.warns(UserWarning, match="contiguous weights on a CPU, .* on meta"), pytest.raises(RuntimeError):
+        quick.generate(torch.tensor([[5]]), max_new_tokens=3)
+
+
+def test_heads_of_other_dimensions_than_the_config_says_are_an_error_as_they_are_of_the_model(prompt):
+    model = make_model()
+    quick = fast(model)
+    model.config = replace(model.config, num_attention_heads=2)
+    with pytest.warns(UserWarning, match="heads of 16 dimensions, the model has 8"), pytest.raises(RuntimeError):
+        quick.generate(prompt, max_new_tokens=3)
+
+
+def test_a_hook_of_all_modules_runs(model, prompt):
+    quick, calls = fast(model), []
+    tokens = stream(quick, prompt, max_new_tokens=6)
+    next(tokens), next(tokens)
+    handle = register_module_forward_hook(lambda module, *_: calls.append(module))
+    try:
+        with pytest.warns(UserWarning, match="not fast: the loops run no hooks, and there are some for all modules"):
+            list(tokens)
+    finally:
+        handle.remove()
+    assert calls.count(model.model.norm) == 4
+
+
+def test_a_cache_of_another_class_is_written_by_its_methods(model, prompt):
+    class Counting(PreallocatedCache):
+        appended = 0
+
+        def append(self, *arguments: Any) -> Any:
+            self.appended += 1
+            return super().append(*arguments)
+
+    cache = Counting(model.config, 1, 30)
+    ids = fast(model).generate(prompt, max_new_tokens=5, past_key_values=cache)
+    assert cache.appended == 5 * model.config.num_hidden_layers
+    assert torch.equal(ids, model.generate(prompt, max_new_tokens=5))
+
+
 def test_float16_is_left_to_the_model(prompt):
     with pytest.warns(UserWarning, match=r"float32 and bfloat16, the model has torch\.float16"):
         fast(make_model().half())
@@ -384,17 +647,6 @@ def test_a_registered_backend_is_not_passed_over(prompt):
     assert len(calls) == 6
 
 
-def test_a_subclass_with_a_layer_of_its_own_is_not_passed_over(model):
-    class Other(torch.nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return 2 * super().forward(x)
-
-    changed = make_model()
-    changed.model.layers[0].mlp.up_proj = Other(32, 48, bias=False)
-    with pytest.warns(UserWarning, match="compute Linear, the model has Other in its place"):
-        fast(changed)
-
-
 def test_gradients_come_from_the_model(model, prompt):
     fast(model)(prompt, labels=prompt).loss.backward()
     assert model.model.layers[0].mlp.up_proj.weight.grad is not None
@@ -411,6 +663,93 @@ def test_only_a_causal_language_model_can_be_fast(model):
     with pytest.raises(BackendError, match="for OpenLlamaForCausalLM, got OpenLlamaModel"):
         fast(model.model)
     assert fast(quick := fast(model)) is quick
+
+
+# --- the model around the loops ---------------------------------------------------------------------
+
+
+def test_what_is_assigned_and_what_returns_the_model_is_as_of_the_model(prompt):
+    model = make_model()
+    quick = fast(model)
+    for method in (
+        quick.eval,
+        quick.float,
+        quick.bfloat16,
+        lambda: quick.to("cpu"),
+        lambda: quick.requires_grad_(False),
+    ):
+        assert method() is quick
+    assert model.dtype == torch.bfloat16
+    assert quick.base_model is model.model
+    quick.config = config = replace(model.config, num_labels=5)
+    quick.generation_config = replace(model.generation_config, max_new_tokens=3)
+    assert model.config is model.model.config is config
+    assert model.generation_config.max_new_tokens == 3
+    assert quick.generate(prompt).shape[1] == prompt.shape[1] + 3
+    with pytest.raises(AttributeError, match="model"):
+        quick.model = make_model(7)
+    assert quick.model is model
+
+
+def test_quantising_what_is_no_module_is_an_error_that_changes_nothing(prompt):
+    model = make_model()
+    quick, expected = fast(model), model.generate(prompt, max_new_tokens=6)
+    with pytest.raises(InputError, match=r"got FastModel; give the model itself, .* its \.model"):
+        quantize(quick, "int8")
+    assert model.config.quantization is None
+    assert torch.equal(quick.generate(prompt, max_new_tokens=6), expected)
+    quantize(quick.model, "int8")
+    assert torch.equal(quick.generate(prompt, max_new_tokens=6), model.generate(prompt, max_new_tokens=6))
+
+
+@torch.no_grad()
+def test_a_pass_without_a_number_of_logits_has_all_and_what_does_not_go_with_it_is_refused(model, prompt):
+    quick, inputs = fast(model), cached(model, prompt[:, :5], None, torch.float32, 30)._replace(tokens=prompt[:, 5:8])
+    shapes = passes(quick)
+    logits = quick(inputs).logits
+    assert shapes == [(1, 3)]
+    torch.testing.assert_close(logits, model(prompt[:, :8]).logits[:, 5:], rtol=0, atol=2e-5)
+    with pytest.raises(InputError, match="Inputs hold all arguments"):
+        quick(inputs, torch.ones(1, 8))
+    with pytest.raises(InputError, match="got -1"):
+        quick(inputs, logits_to_keep=-1)
+    assert quick(inputs, labels=prompt[:, 5:8]).loss is not None
+
+
+@torch.no_grad()
+def test_a_registered_backend_that_one_pass_asks_for_is_called(model, prompt):
+    register_backend("raising", lambda *_: 1 / 0)
+    inputs = cached(model, prompt[:, :5], None, torch.float32, 30)._replace(tokens=prompt[:, 5:6], backend="raising")
+    with pytest.raises(ZeroDivisionError):
+        fast(model)(inputs)
+
+
+def test_the_reason_is_that_of_now_and_each_time_there_is_one_a_warning_gives_it(model, prompt):
+    quick = fast(model)
+    assert quick.reason == ""
+    for _ in range(2):
+        handle = model.model.norm.register_forward_hook(lambda *_: None)
+        with pytest.warns(UserWarning, match="decoding is not fast: the loops run no hooks, and RMSNorm has some"):
+            quick.generate(prompt, max_new_tokens=3)
+        assert quick.reason == "the loops run no hooks, and RMSNorm has some"
+        handle.remove()
+        shapes = passes(quick)
+        quick.generate(prompt, max_new_tokens=3)
+        assert shapes == [(1, 9), (1, 1), (1, 1)]
+        assert quick.reason == ""
+
+
+def test_another_thread_may_find_a_reason_at_any_time(model, prompt, monkeypatch):
+    quick = fast(model)
+    take = Loops.take
+
+    def taken(loops: Loops, rows: int) -> bool:
+        quick._loops = None
+        return take(loops, rows)
+
+    expected = quick.generate(prompt, max_new_tokens=6)
+    monkeypatch.setattr(Loops, "take", taken)
+    assert torch.equal(quick.generate(prompt, max_new_tokens=6), expected)
 
 
 # --- the compiler -----------------------------------------------------------------------------------
@@ -432,6 +771,15 @@ def test_without_a_compiler_the_model_decodes_and_a_warning_says_so(model, promp
     assert torch.equal(quick.generate(prompt, max_new_tokens=5), model.generate(prompt, max_new_tokens=5))
 
 
+def test_a_quantised_model_that_was_pickled_where_there_is_a_compiler_is_used_where_there_is_none(anew, monkeypatch):
+    model = quantize(make_model(), "int8")
+    fast(model)
+    pickled, ids = pickle.dumps(model), torch.arange(40)[None]
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    compiler.library.cache_clear()
+    assert torch.equal(pickle.loads(pickled)(ids).logits, quantize(make_model(), "int8")(ids).logits)
+
+
 def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(model, anew, monkeypatch):
     monkeypatch.setattr(compiler, "FLAGS", (*compiler.FLAGS, "--no-such-flag"))
     with pytest.warns(UserWarning, match="could not compile .*no-such-flag"):
@@ -450,6 +798,83 @@ def test_a_folder_that_cannot_be_written_is_a_warning(model, anew):
     anew.write_text("a file")
     with pytest.warns(UserWarning, match=r"could not be built in .*cache"):
         fast(model)
+
+
+def test_a_compiler_that_failed_is_tried_again_only_when_another_is_named(model, prompt, anew, monkeypatch):
+    tried = []
+    build = compiler._build
+
+    def failing(command: list[str], path: Path) -> None:
+        tried.append(command[0])
+        raise BackendError("it cannot")
+
+    monkeypatch.setattr(compiler, "_build", failing)
+    monkeypatch.setenv("CXX", "g++")
+    with pytest.warns(UserWarning, match="it cannot"):
+        quick = fast(model)
+    quick.generate(prompt, max_new_tokens=3)
+    with pytest.warns(UserWarning, match="it cannot"):
+        fast(model)
+    assert tried == ["g++"]
+    monkeypatch.setattr(compiler, "_build", build)
+    monkeypatch.setenv("CXX", "c++")
+    assert quick.reason == ""
+
+
+@pytest.fixture
+def no_cache(monkeypatch, tmp_path):
+    """No folder is named, and that of the user cannot be made; the private folder is returned."""
+    monkeypatch.delenv("OPENLLAMA_CACHE", raising=False)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return tmp_path / f"openllama-{os.getuid()}"
+
+
+def test_without_a_folder_that_can_be_written_a_private_one_is_made(no_cache):
+    for _ in range(2):
+        assert compiler.folder("kernels.so") == no_cache
+    assert no_cache.stat().st_mode & 0o777 == 0o700
+
+
+def test_without_a_home_a_private_folder_is_made(no_cache, monkeypatch):
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    assert compiler.folder("kernels.so") == no_cache
+
+
+def test_loops_that_somebody_built_are_used_where_nothing_can_be_written(no_cache, monkeypatch, tmp_path):
+    usual = tmp_path / "cache" / "openllama"
+    usual.mkdir(parents=True)
+    (usual / "kernels.so").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(usual.parent))
+
+    def read_only(dir: Path) -> None:
+        raise PermissionError(dir)
+
+    monkeypatch.setattr("tempfile.TemporaryDirectory", read_only)
+    assert compiler.folder("kernels.so") == usual
+    assert compiler.folder("others.so") == no_cache
+
+
+@pytest.mark.parametrize("found", ["a link", "open to others", "of somebody else"])
+def test_a_private_folder_that_is_not_private_is_refused(no_cache, found, monkeypatch, tmp_path):
+    if found == "a link":
+        (tmp_path / "elsewhere").mkdir(mode=0o700)
+        no_cache.symlink_to(tmp_path / "elsewhere")
+    elif found == "open to others":
+        no_cache.mkdir()
+        no_cache.chmod(0o770)
+    else:
+        compiler.folder("kernels.so")
+        user = os.getuid()
+        monkeypatch.setattr(os, "getuid", lambda: user + 1)
+        no_cache.rename(tmp_path / f"openllama-{user + 1}")
+    with pytest.raises(BackendError, match=r"openllama-\d+ must be a folder of user \d+ .*; remove it, or set"):
+        compiler.folder("kernels.so")
 
 
 def test_it_is_built_once_for_all_processes(model, anew):

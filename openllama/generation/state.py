@@ -286,6 +286,6 @@ def has_own_inputs(model: LanguageModel) -> bool:
 def takes_inputs(model: LanguageModel) -> bool:
     """Whether ``Inputs`` reach the model as they are: where a subclass, a wrapper or a hook may want its arguments by
     name, it gets them."""
-    forward = model.forward
+    forward = inspect.unwrap(model).forward  # of the model in a ``FastModel``
     is_own = inspect.ismethod(forward) and forward.__func__.__module__.startswith("openllama.")
     return has_own_inputs(model) and is_own and not getattr(model, "_forward_pre_hooks", None)

@@ -11,6 +11,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -29,23 +30,38 @@ COMPILERS = ("c++", "g++", "clang++")  # after $CXX
 # No -ffast-math: a library that is built with it rounds the subnormal numbers of the whole process to zero.
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-w", "-shared", "-fPIC", "-fopenmp")
 SECONDS = 120
+DEPENDS = ("CXX", "PATH", "OPENLLAMA_CACHE", "XDG_CACHE_HOME", "HOME", "TMPDIR")  # variables that may mend a failure
+_failures: dict[tuple[str | None, ...], str] = {}  # by the values of these, what has been tried in vain
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The loops, built at the first use on a machine (seconds) and then loaded from ``folder()``.
+    """The loops, built at the first use on a machine (seconds) and then loaded from their folder.
 
-    Raises ``BackendError`` where they cannot be built.
+    Raises ``BackendError`` where they cannot be built, which this process does not try twice in the same environment.
     """
+    given = tuple(map(os.environ.get, DEPENDS))
+    if given not in _failures:
+        try:
+            return _loaded()
+        except BackendError as error:
+            _failures[given] = str(error)
+    raise BackendError(_failures[given])
+
+
+def _loaded() -> ctypes.CDLL:
     command = [*_compiler(), *FLAGS, *_tuned()]
     key = "\0".join((*command, SOURCE.read_text(encoding="utf-8"), _version(command[0]), _processor()))
-    path = folder() / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    name = f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    path = folder(name) / name
     if not path.exists():
         _build(command, path)
     try:
         loops = ctypes.CDLL(str(path))
     except OSError as error:
-        raise BackendError(f"{path} cannot be loaded: {error}; remove it to build it again") from error
+        raise BackendError(
+            f"{path} cannot be loaded: {error}; remove it, and the next process builds it again"
+        ) from error
     loops.openllama_product.restype = None
     loops.openllama_product.argtypes = [ctypes.POINTER(Matrix), *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 2]
     loops.openllama_restore.restype = None
@@ -86,11 +102,12 @@ def _known_rows(path: Path) -> dict[str, int]:
 
 def _measure(dtype: torch.dtype, threads: int) -> int:
     """The last of 2, 4, ... 64 rows that the loops multiply by a matrix of 45 MB or more faster than torch."""
-    weight = torch.ones(11008, 2048, dtype=dtype)
+    weight = torch.ones(11008, 2048, dtype=dtype, device="cpu")
     matrix = Matrix(weight.data_ptr(), None, *weight.shape, KINDS[dtype])
     best = 1
     for rows in (2, 4, 8, 16, 32, 64):
-        x, y = torch.ones(rows, weight.shape[1]), torch.empty(rows, len(weight))
+        x = weight.new_ones(rows, weight.shape[1], dtype=torch.float32)
+        y = x.new_empty(rows, len(weight))
         narrow = x.to(dtype)
         ways = (
             lambda x=x, y=y, rows=rows: library().openllama_product(matrix, x.data_ptr(), y.data_ptr(), rows, threads),
@@ -108,11 +125,43 @@ def _measure(dtype: torch.dtype, threads: int) -> int:
     return best
 
 
-def folder() -> Path:
-    """Where built loops are kept: ``$OPENLLAMA_CACHE``, or ``openllama`` in the user's folder for such files."""
+def folder(name: str) -> Path:
+    """The folder that has the built loops ``name``, or is to have them: ``$OPENLLAMA_CACHE`` where that is set.
+
+    Else ``openllama`` in the user's folder for such files, or, where nothing can be written there, one among the
+    temporary files. ``BackendError`` where that is not this user's alone.
+    """
     if given := os.environ.get("OPENLLAMA_CACHE"):
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "openllama"
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: this user has no home
+        usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "openllama"
+        if (usual / name).exists():
+            return usual
+        usual.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=usual):
+            return usual
+    return _private_folder()
+
+
+def _private_folder() -> Path:
+    """A folder that anybody could have made before, and loops of somebody else would run as this user."""
+    if not hasattr(os, "getuid"):
+        raise BackendError("the loops of fast decoding have no folder that can be written; set OPENLLAMA_CACHE to one")
+    try:
+        path = Path(tempfile.gettempdir(), f"openllama-{os.getuid()}")
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+        found = path.lstat()
+    except OSError as error:
+        raise BackendError(
+            f"the loops of fast decoding have no folder ({error}); set OPENLLAMA_CACHE to one"
+        ) from error
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise BackendError(
+            f"{path} must be a folder of user {os.getuid()} that no other can open, it has mode "
+            f"{stat.filemode(found.st_mode)} and is of user {found.st_uid}; remove it, or set OPENLLAMA_CACHE"
+        )
+    return path
 
 
 def _compiler() -> list[str]:

@@ -7,6 +7,8 @@ products of libraries are faster, so a prompt goes through the modules of the mo
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +16,10 @@ import torch
 from torch import Tensor
 
 from openllama import generation
+from openllama.attention import BACKENDS
 from openllama.cache import PreallocatedCache
 from openllama.errors import BackendError, warn
 from openllama.inference.loops import Loops
-from openllama.inference.structs import KINDS
 from openllama.interface import OpenLlamaForCausalLM
 from openllama.model import Inputs
 from openllama.outputs import CausalLMOutput
@@ -47,15 +49,15 @@ def fast(model: OpenLlamaForCausalLM) -> FastModel:
 class FastModel:
     """``generate``, ``stream`` and calls of a model, decoding by the loops where they apply.
 
-    Everything else is that of ``model``. In bfloat16 the numbers are nearer to those of float32 than the model's own:
-    only weights and cache are bfloat16 here, all between is float32.
+    Everything else is that of ``model``, to which assignments go, too. In bfloat16 the numbers are nearer to those of
+    float32 than the model's own: only weights and cache are bfloat16 here, all between is float32.
     """
 
     def __init__(self, model: OpenLlamaForCausalLM) -> None:
-        self.model = model
+        self._model = model
         self._loops: Loops | None = None
         self._reason = ""
-        self._refresh()
+        self._current()
 
     if TYPE_CHECKING:  # of the model, found by __getattr__
         config: OpenLlamaConfig
@@ -64,17 +66,53 @@ class FastModel:
         training: bool
         generation_config: GenerationConfig
         get_decoder: Callable[[], Callable[..., Any]]
-        prepare_inputs_for_generation: Callable[..., dict[str, Any]]
         lm_head: Callable[[Tensor], Tensor]
         parameters: Callable[[], Iterable[Tensor]]
         embed: Callable[[Tensor], Tensor]
 
+    @property
+    def model(self) -> OpenLlamaForCausalLM:
+        """The model whose weights these are; for another, ``fast`` makes another."""
+        return self._model
+
+    @property
+    def reason(self) -> str:
+        """Why decoding is not fast, in the words of the warning; "" where it is."""
+        self._current()
+        return self._reason
+
+    @property
+    def prepare_inputs_for_generation(self) -> Callable[..., dict[str, Any]]:
+        """The model's own, or what has replaced it."""
+        return self.model.prepare_inputs_for_generation
+
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
+        """What the model has; a method that returns the model, such as ``eval``, returns this."""
+        found = getattr(self.model, name)
+        if not (inspect.ismethod(found) and found.__self__ is self.model):
+            return found
+
+        @functools.wraps(found)
+        def method(*arguments: Any, **named: Any) -> Any:
+            result = found(*arguments, **named)
+            return self if result is self.model else result
+
+        return method
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("model", "_model", "_loops", "_reason"):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.model, name, value)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, or what was pickled, has addresses of its own."""
         return FastModel, (self.model,)
+
+    @property
+    def __wrapped__(self) -> OpenLlamaForCausalLM:
+        """For ``inspect.unwrap``: the model that passes reach which the loops leave to it."""
+        return self.model
 
     def __repr__(self) -> str:
         return f"FastModel({self.model})"
@@ -83,16 +121,14 @@ class FastModel:
     def attn_implementation(self) -> str:
         """The backend of prompts; the loops keep a preallocated cache, so eager, which does not, becomes sdpa."""
         name = self.model.attn_implementation
-        return "sdpa" if name == "eager" and self._loops is not None else name
+        return "sdpa" if name == "eager" and self._current() is not None else name
 
     def generate(self, input_ids: Tensor | None = None, **arguments: Any) -> Any:
         """As ``OpenLlamaForCausalLM.generate``."""
-        self._refresh()
         return generation.generate(self, input_ids, **arguments)
 
     def stream(self, input_ids: Tensor | None = None, **arguments: Unpack[Arguments]) -> Iterator[Tensor]:
         """As ``OpenLlamaForCausalLM.stream``."""
-        self._refresh()
         return generation.stream(self, input_ids, **arguments)
 
     def __call__(self, input_ids: Tensor | Inputs | None = None, *arguments: Any, **named: Any) -> Any:
@@ -100,49 +136,51 @@ class FastModel:
 
     def forward(self, input_ids: Tensor | Inputs | None = None, *arguments: Any, **named: Any) -> Any:
         """As ``OpenLlamaForCausalLM.forward``; the loops take the passes of ``generate`` that are of few tokens."""
-        if isinstance(input_ids, Inputs) and (loops := self._loops_for(input_ids)) is not None:
-            return self._decode(loops, input_ids, named["logits_to_keep"])
+        if isinstance(input_ids, Inputs) and not arguments and named.keys() <= {"logits_to_keep", "return_dict"}:
+            keep, loops = named.get("logits_to_keep", 0), self._loops_for(input_ids)
+            if loops is not None and isinstance(keep, int) and keep >= 0:
+                return self._decode(loops, input_ids, keep)
         return self.model(input_ids, *arguments, **named)
 
-    def _refresh(self) -> None:
-        """Look at the model as it is now; where the loops do not compute it, say so once."""
+    def _current(self) -> Loops | None:
+        """The loops for the model as it is now; None where they do not compute it, which a warning says once."""
+        loops, said, reason = self._loops, self._reason, ""
+        if loops is not None and not loops.have_changed():
+            return loops
         try:
-            self._loops = Loops(self.model)
+            loops = Loops(self.model)
         except BackendError as error:
-            self._loops = None
-            if str(error) != self._reason:
-                warn(f"decoding is not fast: {error}")
-            self._reason = str(error)
+            loops, reason = None, str(error)
+        self._loops, self._reason = loops, reason
+        if reason not in ("", said):
+            warn(f"decoding is not fast: {reason}")
+        return loops
 
     def _loops_for(self, inputs: Inputs) -> Loops | None:
         """The loops, where they compute this pass as it is asked for."""
         cache, ids, mask = inputs.cache, inputs.tokens, inputs.mask
-        if self._loops is None or torch.is_grad_enabled() or not inputs.use_cache:
+        if torch.is_grad_enabled() or not inputs.use_cache or inputs.backend not in BACKENDS:
             return None
-        if inputs.output_attentions or inputs.output_hidden_states or (mask is not None and mask.ndim != 2):
+        if inputs.output_attentions or inputs.output_hidden_states or ids.ndim != 2:
             return None
-        if ids.ndim != 2 or not self._loops.take(ids.numel()) or not isinstance(cache, PreallocatedCache):
+        if type(cache) is not PreallocatedCache:  # another may store elsewhere
             return None
-        config, (keys, _) = self.config, cache.storage[0]
-        shape = (len(ids), config.num_attention_heads, cache.max_length, config.head_dim)
-        if mask is not None and mask.shape[1] != cache.get_seq_length() + ids.shape[1]:
+        if mask is not None and mask.shape != (len(ids), cache.get_seq_length() + ids.shape[1]):
             return None
-        if keys.shape != shape or keys.dtype not in KINDS or len(cache) != config.num_hidden_layers:
-            return None
-        if cache.get_seq_length() == 0 or self._loops.have_changed():
-            self._refresh()
-        return self._loops
+        loops = self._current()
+        fits = loops is not None and loops.fit(cache, len(ids)) and loops.take(ids.numel())
+        return loops if fits else None
 
     def _decode(self, loops: Loops, inputs: Inputs, keep: int) -> CausalLMOutput:
         """Logits (B, keep, V) in float32, of all positions where ``keep`` is 0, and the cache with the new tokens."""
         cache: Any = inputs.cache
-        (batch, length), past, config = inputs.tokens.shape, cache.get_seq_length(), self.config
+        (batch, length), past, config = inputs.tokens.shape, cache.get_seq_length(), loops.config
         cache.check_room(length)
         positions = inputs.positions
         if positions is None:
-            positions = torch.arange(past, past + length)[None]
+            positions = torch.arange(past, past + length, device="cpu")[None]
         tables = cos_sin(positions, config.head_dim, config.rope_scaling, config.max_position_embeddings, past + length)
         cos, sin = (table.expand(batch, length, 1, config.head_dim).contiguous() for table in tables)
-        x = self.model.embed(inputs.tokens).to(torch.float32, copy=True)
+        x = self.model.model.embedding(inputs.tokens).to("cpu", torch.float32, copy=True)
         logits = loops.run(x, cos, sin, inputs.mask, cache, min(keep or length, length))
         return CausalLMOutput(None, logits, cache.advance_by(length), None, None)

@@ -33,6 +33,8 @@ class QuantizedMatrix(nn.Module):
 
     weight: Tensor
     scale: Tensor
+    #: what restores the matrix; a model that decodes fast has the same in C++
+    restore: Callable[[Tensor, Tensor, int, torch.dtype], Tensor] = staticmethod(restore_matrix)
 
     def __init__(self, rows: int, columns: int, bits: int, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -50,7 +52,7 @@ class QuantizedMatrix(nn.Module):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix (M, K)."""
-        return restore_matrix(self.weight, self.scale, self.columns, dtype)
+        return self.restore(self.weight, self.scale, self.columns, dtype)
 
     def _round(self, matrix: Tensor) -> None:
         if not matrix.is_meta:
@@ -77,7 +79,7 @@ class QuantizedMatrix(nn.Module):
         step = max(1, BLOCK // self.columns) if in_blocks else len(self.weight)
         for start in range(0, len(self.weight), step):
             rows = slice(start, start + step)
-            yield rows, restore_matrix(self.weight[rows], self.scale[rows], self.columns, x.dtype)
+            yield rows, self.restore(self.weight[rows], self.scale[rows], self.columns, x.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedMatrix:
         """``to``, ``half`` and others move the numbers; the stored types are kept."""
@@ -198,7 +200,7 @@ class QuantizedEmbedding(QuantizedMatrix):
     def forward(self, ids: Tensor) -> Tensor:
         flat = ids.flatten()
         weight, scale = self.weight.index_select(0, flat), self.scale.index_select(0, flat)
-        rows = restore_matrix(weight, scale, self.embedding_dim, self.dtype)
+        rows = self.restore(weight, scale, self.embedding_dim, self.dtype)
         return rows.view(*ids.shape, self.embedding_dim)
 
     def project(self, hidden: Tensor) -> Tensor:
@@ -226,8 +228,13 @@ def quantize(model: Model, quantization: str) -> Model:
 
     These are the table of embeddings, those of the layers and ``lm_head``; a shared or tied head uses the rounded
     table. Norms and a classifier's ``score`` stay as they are, and are frozen. Raises ``InputError`` for a model with
-    other modules in these places, before anything is changed, and for NaN and infinity.
+    other modules in these places, or what is no module, before anything is changed, and for NaN and infinity.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"quantize rounds the modules of a model, got {type(model).__name__}; give the model itself, of one that "
+            "decodes fast its .model"
+        )
     places = _places(model, quantization)
     bits = next(bits for bits, name in BITS.items() if name == quantization)
     for name in places:

@@ -13,7 +13,6 @@ integers reach from -8 to 7, and the largest number may lie at -8, whatever its 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -138,20 +137,8 @@ def _peak(w: Tensor, form: Format) -> Tensor:
     return size if form.low == -form.high else torch.where(most >= -least, size, -size)
 
 
-_FASTER: list[Callable[[Tensor, Tensor, int, torch.dtype], Tensor | None]] = []
-
-
-def restore_by(function: Callable[[Tensor, Tensor, int, torch.dtype], Tensor | None]) -> None:
-    """From now on ``restore_matrix`` asks ``function`` first, which returns the same bits, or None."""
-    if function not in _FASTER:
-        _FASTER.append(function)
-
-
 def restore_matrix(weight: Tensor, scale: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     """The matrix (M, ``columns``) of a stored weight and scale, in ``dtype``."""
-    for restore in _FASTER:
-        if (matrix := restore(weight, scale, columns, dtype)) is not None:
-            return matrix
     wide = torch.promote_types(dtype, scale.dtype)
     if weight.dtype == torch.int8:
         return (weight.to(wide) * scale[:, None]).to(dtype)
