@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ from openllama.inference.loops import Loops
 from openllama.interface import OpenLlamaForCausalLM
 from openllama.model import Inputs
 from openllama.outputs import CausalLMOutput
+from openllama.products import FastProducts, bfloat16_is_slow
 from openllama.rope import cos_sin
 
 if TYPE_CHECKING:
@@ -140,7 +142,14 @@ class FastModel:
             keep, loops = named.get("logits_to_keep", 0), self._loops_for(input_ids)
             if loops is not None and isinstance(keep, int) and keep >= 0:
                 return self._decode(loops, input_ids, keep)
+            with self._products():
+                return self.model(input_ids, *arguments, **named)
         return self.model(input_ids, *arguments, **named)
+
+    def _products(self) -> AbstractContextManager[Any]:
+        """What prompts are computed under: products of bfloat16 in the way that is fast here."""
+        narrow = self._loops is not None and self.model.dtype == torch.bfloat16
+        return FastProducts() if narrow and bfloat16_is_slow() and not torch.is_grad_enabled() else nullcontext()
 
     def _current(self) -> Loops | None:
         """The loops for the model as it is now; None where they do not compute it, which a warning says once."""

@@ -17,12 +17,11 @@ from torch.autograd.function import once_differentiable
 
 from openllama.errors import ConfigError, InputError
 from openllama.model import SharedHead
+from openllama.products import BLOCK, MANY, bfloat16_is_slow, int8_is_slow
 from openllama.quantized.rounding import FORMATS, restore_matrix, round_matrix
 
 Model = TypeVar("Model", bound=nn.Module)
 BITS = {8: "int8", 4: "int4"}
-MANY = 32  # rows of bfloat16 from which int8 weights are multiplied as integers, which takes half the time
-BLOCK = 2**22  # numbers that are restored at a time for a product on a CPU: what a cache holds
 #: the matrices of each layer, in the order in which they are used
 IN_LAYER = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj",
             "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
@@ -66,10 +65,12 @@ class QuantizedMatrix(nn.Module):
 
     def _product_of(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, self.columns)  # else torch may take a batched product, with a copy of the matrix
-        if self.bits == 8 and x.dtype == torch.bfloat16 and x.is_cpu and len(flat) >= MANY:
-            return _int8_product(flat, self.weight, self.scale).view(*x.shape[:-1], len(self.weight))
+        if x.is_cpu and x.dtype == torch.bfloat16 and len(flat) >= MANY and not torch.compiler.is_compiling():
+            if self.bits == 8 and not int8_is_slow():
+                return _int8_product(flat, self.weight, self.scale).view(*x.shape[:-1], len(self.weight))
+            flat = flat.float() if bfloat16_is_slow() else flat
         product = x.new_empty(len(flat), len(self.weight))
-        for rows, block in self._blocks(x):
+        for rows, block in self._blocks(flat):
             product[:, rows] = F.linear(flat, block)
         return product.view(*x.shape[:-1], len(self.weight))
 
