@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,11 +32,11 @@ from openllama.cache import PreallocatedCache
 from openllama.cli import main
 from openllama.errors import BackendError, InputError
 from openllama.generation import generate, stream
-from openllama.inference import FastModel, compiler, fast, quantize
+from openllama.inference import FastModel, compiler, fast, loops, quantize, structs, threshold
 from openllama.inference.loops import Loops
 from openllama.inference.restoring import restore
 from openllama.model import MLP, Inputs, RMSNorm
-from openllama.quantized.modules import QuantizedMatrix
+from openllama.quantized.modules import QuantizedLinear, QuantizedMatrix
 from openllama.quantized.rounding import restore_matrix, round_matrix
 from tests.draw import examples
 from tests.generating import make_model
@@ -48,7 +49,7 @@ PROCESSORS = {"AVX-512": ["-march=x86-64-v4"], "AVX2": ["-march=x86-64-v3"], "SS
 @pytest.fixture(autouse=True)
 def _same_on_every_machine(monkeypatch):
     """Up to 16 tokens, which a machine measures."""
-    monkeypatch.setattr(Loops, "_most_rows", 16)
+    monkeypatch.setattr(loops, "most_rows", lambda *_: 16)
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +65,14 @@ def prompt() -> Tensor:
 def passes(model: FastModel) -> list[tuple[int, ...]]:
     """The shapes of the tokens that the loops are given, from now on."""
     shapes: list[tuple[int, ...]] = []
-    loops: Any = model._current()
-    run = loops.run
+    current: Any = model._current()
+    run = current.run
 
     def recorded(x: Tensor, *arguments: Any) -> Tensor:
         shapes.append(tuple(x.shape[:2]))
         return run(x, *arguments)
 
-    loops.run = recorded
+    current.run = recorded
     return shapes
 
 
@@ -888,18 +889,80 @@ def test_it_is_built_once_for_all_processes(model, anew):
     assert [file.stat().st_mtime_ns for file in anew.iterdir()] == [before]
 
 
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """A matrix that is multiplied in no time; what was measured before is forgotten, and is kept in another folder."""
+    product = compiler.library().openllama_product
+    built = SimpleNamespace(_name=str(tmp_path / "kernels-1.so"), openllama_product=product)
+    monkeypatch.setattr(threshold, "library", lambda: built)
+    monkeypatch.setattr(threshold, "SHAPE", (70, 96))
+    threshold.most_rows.cache_clear()
+    yield
+    threshold.most_rows.cache_clear()
+
+
+WEIGHTS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}  # and the numbers of their kinds
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_number_of_tokens_is_measured_once_for_all_processes(anew, dtype, monkeypatch):
-    found = compiler.most_rows(dtype, 2)
-    assert found in (1, 2, 4, 8, 16, 32, 64)
-    monkeypatch.setattr(compiler, "_measure", lambda dtype, threads: 5)
-    assert compiler.most_rows(dtype, 2) == found
-    assert compiler.most_rows(dtype, 1) == 5, "other threads, another number"
-    [kept] = anew.glob("*.json")
+@pytest.mark.parametrize("kind", ["plain", "int8", "int4"])
+def test_the_number_of_tokens_is_measured_once_for_all_processes(small, defaults, kind, dtype, monkeypatch, tmp_path):
+    defaults(torch.float64, "meta")
+    number = structs.KINDS[dtype] if kind == "plain" else WEIGHTS[kind]
+    found = threshold.most_rows(number, dtype, 2)
+    assert found in (2, 4, 8, 16, 32, 64)
+    monkeypatch.setattr(threshold, "_measure", lambda *_: 5)
+
+    def by_another_process(threads: int = 2) -> int:
+        threshold.most_rows.cache_clear()
+        return threshold.most_rows(number, dtype, threads)
+
+    assert by_another_process() == found
+    assert by_another_process(1) == 5, "other threads, another number"
+    assert threshold.most_rows({2: 3}.get(number, 2), dtype, 2) == 5, "other weights, another number"
+    [kept] = tmp_path.iterdir()
+    assert f"{kind} in {str(dtype).removeprefix('torch.')}, 2 threads, torch {torch.__version__}" in kept.read_text()
     of_another_kind = json.dumps(dict.fromkeys(json.loads(kept.read_text()), "many"))
     for broken in ("[broken", "[]", of_another_kind):
         kept.write_text(broken)
-        assert compiler.most_rows(dtype, 2) == 5
+        assert by_another_process() == 5
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_the_loops_are_measured_against_the_modules_that_would_multiply_these_weights(small, kind, monkeypatch):
+    asked: list[int] = []
+
+    def fastest(ways: tuple[Callable[[], Any], ...]) -> tuple[float, float]:
+        loops, module = ways
+        loops()
+        asked.append(len(module()))
+        return (1.0, 2.0) if len(asked) < 3 else (2.0, 1.0)
+
+    monkeypatch.setattr(threshold, "_fastest", fastest)
+    monkeypatch.setattr(QuantizedLinear, "forward", lambda module, x: x if module.bits == int(kind[3:]) else None)
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    assert threshold._measure(WEIGHTS[kind], dtype, 1) == 8
+    assert asked == [4, 8, 16]
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_the_loops_take_what_was_measured_for_their_weights_and_never_more_than_64_tokens(small, kind, monkeypatch):
+    measured: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(loops, "most_rows", threshold.most_rows)
+    monkeypatch.setattr(threshold, "_known", lambda path: {})
+    monkeypatch.setattr(threshold, "_measure", lambda *asked: measured.append(asked) or 8)
+    model = make_model().to(torch.float32 if kind == "float32" else torch.bfloat16)
+    quick = fast(quantize(model, kind) if kind in ("int8", "int4") else model)
+    assert [quick._loops.take(rows) for rows in (1, 2, 65, 1000)] == [True, True, False, False]
+    assert not measured
+    assert [quick._loops.take(rows) for rows in (3, 8, 9, 64)] == [True, True, False, False]
+    assert measured == [(WEIGHTS[kind], model.dtype, torch.get_num_threads())]
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    try:
+        assert quick._loops.take(5)
+    finally:
+        torch.set_num_threads(torch.get_num_threads() - 1)
+    assert len(measured) == 2, "another number of threads is another measurement"
 
 
 def test_subnormal_numbers_stay_after_the_loops_are_loaded():
