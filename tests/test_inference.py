@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import pickle
@@ -32,7 +33,8 @@ from openllama.cache import PreallocatedCache
 from openllama.cli import main
 from openllama.errors import BackendError, InputError
 from openllama.generation import generate, stream
-from openllama.inference import FastModel, compiler, fast, loops, quantize, structs, threshold
+from openllama.generation.assisted import Pace
+from openllama.inference import FastModel, compiler, fast, loops, quantize, restoring, structs, threshold
 from openllama.inference.loops import Loops
 from openllama.inference.restoring import restore
 from openllama.model import MLP, Inputs, RMSNorm
@@ -44,6 +46,8 @@ from tests.sentencepieces import corpus
 
 TINY = Path(__file__).parents[1] / "checkpoints" / "open-llama-tiny"
 PROCESSORS = {"AVX-512": ["-march=x86-64-v4"], "AVX2": ["-march=x86-64-v3"], "SSE4": ["-march=x86-64-v2"]}
+
+WEIGHTS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}  # and the numbers of their kinds
 
 
 @pytest.fixture(autouse=True)
@@ -140,20 +144,56 @@ def test_a_pass_has_the_logits_and_the_cache_of_the_model(
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5 * scale)
 
 
-@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.fixture(params=["this processor", *PROCESSORS])
+def processor(request, monkeypatch):
+    """Loops are built for a processor; the name of it."""
+    name = request.param
+    if name in PROCESSORS:
+        cpu = Path("/proc/cpuinfo").read_text()
+        if "flags" not in cpu or (name == "AVX-512" and "avx512bw" not in cpu):
+            pytest.skip(f"this processor cannot run {name}")
+        monkeypatch.setattr(compiler, "_tuned", lambda: PROCESSORS[name])
+    compiler.library.cache_clear()
+    yield name
+    compiler.library.cache_clear()
+
+
 @torch.no_grad()
-def test_every_processor_gets_loops_of_the_same_numbers(model, name, monkeypatch):
-    if "flags" not in (cpu := Path("/proc/cpuinfo").read_text()) or (name == "AVX-512" and "avx512bw" not in cpu):
-        pytest.skip(f"this processor cannot run {name}")
+def test_every_processor_gets_loops_of_the_same_numbers(model, processor):
     ids = torch.randint(0, 40, (2, 14), generator=torch.Generator().manual_seed(3))
     expected = model(ids).logits[:, -2:]
-    monkeypatch.setattr(compiler, "_tuned", lambda: PROCESSORS[name])
-    compiler.library.cache_clear()
-    try:
-        inputs = cached(model, ids[:, :12], None, torch.float32, 14)._replace(tokens=ids[:, 12:])
-        torch.testing.assert_close(fast(model)(inputs, logits_to_keep=2).logits, expected, rtol=0, atol=2e-5)
-    finally:
-        compiler.library.cache_clear()
+    inputs = cached(model, ids[:, :12], None, torch.float32, 14)._replace(tokens=ids[:, 12:])
+    torch.testing.assert_close(fast(model)(inputs, logits_to_keep=2).logits, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_every_processor_multiplies_weights_of_every_kind_and_shape(processor, weights):
+    """An error is relative to the largest number; int4, and four rows or more, may be rounded to bfloat16."""
+    torch.manual_seed(3)
+    for shape in ((8, 64), (12, 96), (7, 64), (8, 100), (1, 31), (13, 33), (66, 160), (35, 257)):
+        for rows in (1, 2, 3, 5, 9):
+            matrix, x = torch.randn(shape), torch.randn(rows, shape[1])
+            found, expected = product(matrix, x, weights)
+            narrow = rows >= 4 or (processor == "this processor" and weights == "int4")
+            limit = 1e-5 if weights == "float32" else 1e-2 if narrow else 1e-3
+            error = (found - expected).abs().max() / expected.abs().max()
+            assert error <= limit, (shape, rows)
+
+
+def product(matrix: Tensor, x: Tensor, weights: str) -> tuple[Tensor, Tensor]:
+    """x @ matrix.T by the loops, which write nothing beside it, and in float64; the matrix is rounded to its kind."""
+    if weights in ("int8", "int4"):
+        stored, scale = round_matrix(matrix, weights)
+        exact = restore_matrix(stored, scale, matrix.shape[1], torch.float32)
+    else:
+        stored, scale = matrix.to(getattr(torch, weights)), torch.empty(0)
+        exact = stored
+    struct = structs.Matrix(stored.data_ptr(), scale.data_ptr(), *matrix.shape, WEIGHTS[weights])
+    size = len(x) * len(matrix)
+    y = torch.full((size + 64,), 7.0)
+    compiler.library().openllama_product(struct, x.data_ptr(), y.data_ptr(), len(x), 2)
+    assert (y[size:] == 7).all()
+    return y[:size].view(len(x), -1).double(), x.double() @ exact.double().T
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 8])
@@ -193,12 +233,13 @@ def test_on_held_out_text_the_loops_agree_with_float32_where_bfloat16_does():
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 9])
 @pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("sizes", [(64, 96, 72), (40, 50, 41)])
 @torch.no_grad()
-def test_quantised_matrices_are_read_as_their_modules_read_them(quantization, rows, shared):
+def test_quantised_matrices_are_read_as_their_modules_read_them(quantization, rows, shared, sizes):
     """int4, and several rows, are multiplied as bfloat16 where a processor does that: never worse than all bfloat16."""
-    fields: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 72}
+    fields: dict[str, Any] = dict(zip(("hidden_size", "intermediate_size", "vocab_size"), sizes, strict=True))
     model = quantize(make_model(**fields, shared_input_output_embedding=shared), quantization)
-    ids = torch.randint(0, 72, (1, 10 + rows), generator=torch.Generator().manual_seed(3))
+    ids = torch.randint(0, sizes[2], (1, 10 + rows), generator=torch.Generator().manual_seed(3))
     results = []
     for computing in (model, fast(model)):
         inputs = cached(model, ids[:, :10], None, torch.float32, 30)._replace(tokens=ids[:, 10:])
@@ -266,10 +307,18 @@ def test_prompts_of_different_lengths_make_the_same_ids(model):
     assert torch.equal(fast(model).generate(ids, attention_mask=mask, max_new_tokens=20), expected)
 
 
-def test_an_assistant_may_be_fast_and_so_may_the_model(model, prompt):
-    expected = model.generate(prompt, max_new_tokens=20)
-    for pair in ((fast(model), fast(make_model(2))), (model, fast(make_model(2))), (fast(model), make_model(2))):
-        assert torch.equal(pair[0].generate(prompt, max_new_tokens=20, assistant_model=pair[1]), expected)
+def test_an_assistant_may_be_fast_and_so_may_the_model(prompt, monkeypatch):
+    """Guesses do not change the ids, so those that were right are counted."""
+    learnt: list[tuple[int, int]] = []
+    monkeypatch.setattr(Pace, "learn", lambda pace, guessed, right: learnt.append((guessed, right)))
+    counts = []
+    for wrap, wrap_assistant in itertools.product((lambda model: model, fast), repeat=2):
+        learnt.clear()
+        model, assistant = wrap(make_model()), wrap_assistant(make_model())
+        ids = model.generate(prompt, max_new_tokens=20, assistant_model=assistant)
+        assert torch.equal(ids, make_model().generate(prompt, max_new_tokens=20))
+        counts.append(list(learnt))
+    assert counts == [[(3, 3)] * 5] * 4, "the assistant has the weights of the model"
 
 
 @pytest.fixture
@@ -774,12 +823,14 @@ def test_without_a_compiler_the_model_decodes_and_a_warning_says_so(model, promp
     assert torch.equal(quick.generate(prompt, max_new_tokens=5), model.generate(prompt, max_new_tokens=5))
 
 
-def test_a_quantised_model_that_was_pickled_where_there_is_a_compiler_is_used_where_there_is_none(anew, monkeypatch):
+def test_a_quantised_model_that_was_pickled_where_there_is_a_compiler_is_used_where_there_is_none(monkeypatch):
+    def none() -> None:
+        raise BackendError("no compiler")
+
     model = quantize(make_model(), "int8")
     fast(model)
     pickled, ids = pickle.dumps(model), torch.arange(40)[None]
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    compiler.library.cache_clear()
+    monkeypatch.setattr(restoring, "library", none)
     assert torch.equal(pickle.loads(pickled)(ids).logits, quantize(make_model(), "int8")(ids).logits)
 
 
@@ -899,9 +950,6 @@ def small(monkeypatch, tmp_path):
     threshold.most_rows.cache_clear()
     yield
     threshold.most_rows.cache_clear()
-
-
-WEIGHTS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}  # and the numbers of their kinds
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
