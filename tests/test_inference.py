@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,11 +33,12 @@ from openllama.cache import PreallocatedCache
 from openllama.cli import main
 from openllama.errors import BackendError, InputError
 from openllama.generation import generate, stream
-from openllama.inference import FastModel, compiler, fast, quantize
+from openllama.generation.assisted import Pace
+from openllama.inference import FastModel, compiler, fast, loops, quantize, restoring, structs, threshold
 from openllama.inference.loops import Loops
 from openllama.inference.restoring import restore
 from openllama.model import MLP, Inputs, RMSNorm
-from openllama.quantized.modules import QuantizedMatrix
+from openllama.quantized.modules import QuantizedLinear, QuantizedMatrix
 from openllama.quantized.rounding import restore_matrix, round_matrix
 from tests.draw import examples
 from tests.generating import make_model
@@ -44,11 +47,13 @@ from tests.sentencepieces import corpus
 TINY = Path(__file__).parents[1] / "checkpoints" / "open-llama-tiny"
 PROCESSORS = {"AVX-512": ["-march=x86-64-v4"], "AVX2": ["-march=x86-64-v3"], "SSE4": ["-march=x86-64-v2"]}
 
+WEIGHTS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}  # and the numbers of their kinds
+
 
 @pytest.fixture(autouse=True)
 def _same_on_every_machine(monkeypatch):
     """Up to 16 tokens, which a machine measures."""
-    monkeypatch.setattr(Loops, "_most_rows", 16)
+    monkeypatch.setattr(loops, "most_rows", lambda *_: 16)
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +69,14 @@ def prompt() -> Tensor:
 def passes(model: FastModel) -> list[tuple[int, ...]]:
     """The shapes of the tokens that the loops are given, from now on."""
     shapes: list[tuple[int, ...]] = []
-    loops: Any = model._current()
-    run = loops.run
+    current: Any = model._current()
+    run = current.run
 
     def recorded(x: Tensor, *arguments: Any) -> Tensor:
         shapes.append(tuple(x.shape[:2]))
         return run(x, *arguments)
 
-    loops.run = recorded
+    current.run = recorded
     return shapes
 
 
@@ -139,20 +144,56 @@ def test_a_pass_has_the_logits_and_the_cache_of_the_model(
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5 * scale)
 
 
-@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.fixture(params=["this processor", *PROCESSORS])
+def processor(request, monkeypatch):
+    """Loops are built for a processor; the name of it."""
+    name = request.param
+    if name in PROCESSORS:
+        cpu = Path("/proc/cpuinfo").read_text()
+        if "flags" not in cpu or (name == "AVX-512" and "avx512bw" not in cpu):
+            pytest.skip(f"this processor cannot run {name}")
+        monkeypatch.setattr(compiler, "_tuned", lambda: PROCESSORS[name])
+    compiler.library.cache_clear()
+    yield name
+    compiler.library.cache_clear()
+
+
 @torch.no_grad()
-def test_every_processor_gets_loops_of_the_same_numbers(model, name, monkeypatch):
-    if "flags" not in (cpu := Path("/proc/cpuinfo").read_text()) or (name == "AVX-512" and "avx512bw" not in cpu):
-        pytest.skip(f"this processor cannot run {name}")
+def test_every_processor_gets_loops_of_the_same_numbers(model, processor):
     ids = torch.randint(0, 40, (2, 14), generator=torch.Generator().manual_seed(3))
     expected = model(ids).logits[:, -2:]
-    monkeypatch.setattr(compiler, "_tuned", lambda: PROCESSORS[name])
-    compiler.library.cache_clear()
-    try:
-        inputs = cached(model, ids[:, :12], None, torch.float32, 14)._replace(tokens=ids[:, 12:])
-        torch.testing.assert_close(fast(model)(inputs, logits_to_keep=2).logits, expected, rtol=0, atol=2e-5)
-    finally:
-        compiler.library.cache_clear()
+    inputs = cached(model, ids[:, :12], None, torch.float32, 14)._replace(tokens=ids[:, 12:])
+    torch.testing.assert_close(fast(model)(inputs, logits_to_keep=2).logits, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_every_processor_multiplies_weights_of_every_kind_and_shape(processor, weights):
+    """An error is relative to the largest number; int4, and four rows or more, may be rounded to bfloat16."""
+    torch.manual_seed(3)
+    for shape in ((8, 64), (12, 96), (7, 64), (8, 100), (1, 31), (13, 33), (66, 160), (35, 257)):
+        for rows in (1, 2, 3, 5, 9):
+            matrix, x = torch.randn(shape), torch.randn(rows, shape[1])
+            found, expected = product(matrix, x, weights)
+            narrow = rows >= 4 or (processor == "this processor" and weights == "int4")
+            limit = 1e-5 if weights == "float32" else 1e-2 if narrow else 1e-3
+            error = (found - expected).abs().max() / expected.abs().max()
+            assert error <= limit, (shape, rows)
+
+
+def product(matrix: Tensor, x: Tensor, weights: str) -> tuple[Tensor, Tensor]:
+    """x @ matrix.T by the loops, which write nothing beside it, and in float64; the matrix is rounded to its kind."""
+    if weights in ("int8", "int4"):
+        stored, scale = round_matrix(matrix, weights)
+        exact = restore_matrix(stored, scale, matrix.shape[1], torch.float32)
+    else:
+        stored, scale = matrix.to(getattr(torch, weights)), torch.empty(0)
+        exact = stored
+    struct = structs.Matrix(stored.data_ptr(), scale.data_ptr(), *matrix.shape, WEIGHTS[weights])
+    size = len(x) * len(matrix)
+    y = torch.full((size + 64,), 7.0)
+    compiler.library().openllama_product(struct, x.data_ptr(), y.data_ptr(), len(x), 2)
+    assert (y[size:] == 7).all()
+    return y[:size].view(len(x), -1).double(), x.double() @ exact.double().T
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 8])
@@ -192,12 +233,13 @@ def test_on_held_out_text_the_loops_agree_with_float32_where_bfloat16_does():
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 9])
 @pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("sizes", [(64, 96, 72), (40, 50, 41)])
 @torch.no_grad()
-def test_quantised_matrices_are_read_as_their_modules_read_them(quantization, rows, shared):
+def test_quantised_matrices_are_read_as_their_modules_read_them(quantization, rows, shared, sizes):
     """The inputs of products are rounded to 16 bits for a group, which costs a small part of what bfloat16 costs."""
-    fields: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 72}
+    fields: dict[str, Any] = dict(zip(("hidden_size", "intermediate_size", "vocab_size"), sizes, strict=True))
     model = quantize(make_model(**fields, shared_input_output_embedding=shared), quantization)
-    ids = torch.randint(0, 72, (1, 10 + rows), generator=torch.Generator().manual_seed(3))
+    ids = torch.randint(0, sizes[2], (1, 10 + rows), generator=torch.Generator().manual_seed(3))
     results = []
     for computing in (model, fast(model)):
         inputs = cached(model, ids[:, :10], None, torch.float32, 30)._replace(tokens=ids[:, 10:])
@@ -263,10 +305,18 @@ def test_prompts_of_different_lengths_make_the_same_ids(model):
     assert torch.equal(fast(model).generate(ids, attention_mask=mask, max_new_tokens=20), expected)
 
 
-def test_an_assistant_may_be_fast_and_so_may_the_model(model, prompt):
-    expected = model.generate(prompt, max_new_tokens=20)
-    for pair in ((fast(model), fast(make_model(2))), (model, fast(make_model(2))), (fast(model), make_model(2))):
-        assert torch.equal(pair[0].generate(prompt, max_new_tokens=20, assistant_model=pair[1]), expected)
+def test_an_assistant_may_be_fast_and_so_may_the_model(prompt, monkeypatch):
+    """Guesses do not change the ids, so those that were right are counted."""
+    learnt: list[tuple[int, int]] = []
+    monkeypatch.setattr(Pace, "learn", lambda pace, guessed, right: learnt.append((guessed, right)))
+    counts = []
+    for wrap, wrap_assistant in itertools.product((lambda model: model, fast), repeat=2):
+        learnt.clear()
+        model, assistant = wrap(make_model()), wrap_assistant(make_model())
+        ids = model.generate(prompt, max_new_tokens=20, assistant_model=assistant)
+        assert torch.equal(ids, make_model().generate(prompt, max_new_tokens=20))
+        counts.append(list(learnt))
+    assert counts == [[(3, 3)] * 5] * 4, "the assistant has the weights of the model"
 
 
 @pytest.fixture
@@ -771,12 +821,14 @@ def test_without_a_compiler_the_model_decodes_and_a_warning_says_so(model, promp
     assert torch.equal(quick.generate(prompt, max_new_tokens=5), model.generate(prompt, max_new_tokens=5))
 
 
-def test_a_quantised_model_that_was_pickled_where_there_is_a_compiler_is_used_where_there_is_none(anew, monkeypatch):
+def test_a_quantised_model_that_was_pickled_where_there_is_a_compiler_is_used_where_there_is_none(monkeypatch):
+    def none() -> None:
+        raise BackendError("no compiler")
+
     model = quantize(make_model(), "int8")
     fast(model)
     pickled, ids = pickle.dumps(model), torch.arange(40)[None]
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    compiler.library.cache_clear()
+    monkeypatch.setattr(restoring, "library", none)
     assert torch.equal(pickle.loads(pickled)(ids).logits, quantize(make_model(), "int8")(ids).logits)
 
 
@@ -886,18 +938,77 @@ def test_it_is_built_once_for_all_processes(model, anew):
     assert [file.stat().st_mtime_ns for file in anew.iterdir()] == [before]
 
 
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """A matrix that is multiplied in no time; what was measured before is forgotten, and is kept in another folder."""
+    product = compiler.library().openllama_product
+    built = SimpleNamespace(_name=str(tmp_path / "kernels-1.so"), openllama_product=product)
+    monkeypatch.setattr(threshold, "library", lambda: built)
+    monkeypatch.setattr(threshold, "SHAPE", (70, 96))
+    threshold.most_rows.cache_clear()
+    yield
+    threshold.most_rows.cache_clear()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_number_of_tokens_is_measured_once_for_all_processes(anew, dtype, monkeypatch):
-    found = compiler.most_rows(dtype, 2)
-    assert found in (1, 2, 4, 8, 16, 32, 64)
-    monkeypatch.setattr(compiler, "_measure", lambda dtype, threads: 5)
-    assert compiler.most_rows(dtype, 2) == found
-    assert compiler.most_rows(dtype, 1) == 5, "other threads, another number"
-    [kept] = anew.glob("*.json")
+@pytest.mark.parametrize("kind", ["plain", "int8", "int4"])
+def test_the_number_of_tokens_is_measured_once_for_all_processes(small, defaults, kind, dtype, monkeypatch, tmp_path):
+    defaults(torch.float64, "meta")
+    number = structs.KINDS[dtype] if kind == "plain" else WEIGHTS[kind]
+    found = threshold.most_rows(number, dtype, 2)
+    assert found in (2, 4, 8, 16, 32, 64)
+    monkeypatch.setattr(threshold, "_measure", lambda *_: 5)
+
+    def by_another_process(threads: int = 2) -> int:
+        threshold.most_rows.cache_clear()
+        return threshold.most_rows(number, dtype, threads)
+
+    assert by_another_process() == found
+    assert by_another_process(1) == 5, "other threads, another number"
+    assert threshold.most_rows({2: 3}.get(number, 2), dtype, 2) == 5, "other weights, another number"
+    [kept] = tmp_path.iterdir()
+    assert f"{kind} in {str(dtype).removeprefix('torch.')}, 2 threads, torch {torch.__version__}" in kept.read_text()
     of_another_kind = json.dumps(dict.fromkeys(json.loads(kept.read_text()), "many"))
     for broken in ("[broken", "[]", of_another_kind):
         kept.write_text(broken)
-        assert compiler.most_rows(dtype, 2) == 5
+        assert by_another_process() == 5
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_the_loops_are_measured_against_the_modules_that_would_multiply_these_weights(small, kind, monkeypatch):
+    asked: list[int] = []
+
+    def fastest(ways: tuple[Callable[[], Any], ...]) -> tuple[float, float]:
+        loops, module = ways
+        loops()
+        asked.append(len(module()))
+        return (1.0, 2.0) if len(asked) < 3 else (2.0, 1.0)
+
+    monkeypatch.setattr(threshold, "_fastest", fastest)
+    monkeypatch.setattr(QuantizedLinear, "forward", lambda module, x: x if module.bits == int(kind[3:]) else None)
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    assert threshold._measure(WEIGHTS[kind], dtype, 1) == 8
+    assert asked == [4, 8, 16]
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_the_loops_take_what_was_measured_for_their_weights_and_never_more_than_64_tokens(small, kind, monkeypatch):
+    measured: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(loops, "most_rows", threshold.most_rows)
+    monkeypatch.setattr(threshold, "_known", lambda path: {})
+    monkeypatch.setattr(threshold, "_measure", lambda *asked: measured.append(asked) or 8)
+    model = make_model().to(torch.float32 if kind == "float32" else torch.bfloat16)
+    quick = fast(quantize(model, kind) if kind in ("int8", "int4") else model)
+    assert [quick._loops.take(rows) for rows in (1, 2, 65, 1000)] == [True, True, False, False]
+    assert not measured
+    assert [quick._loops.take(rows) for rows in (3, 8, 9, 64)] == [True, True, False, False]
+    assert measured == [(WEIGHTS[kind], model.dtype, torch.get_num_threads())]
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    try:
+        assert quick._loops.take(5)
+    finally:
+        torch.set_num_threads(torch.get_num_threads() - 1)
+    assert len(measured) == 2, "another number of threads is another measurement"
 
 
 def test_subnormal_numbers_stay_after_the_loops_are_loaded():

@@ -16,8 +16,9 @@ from .models import TINY, Shape
 from .turns import Worker, engine_command, engine_environment
 
 BUILD = (
-    "import time, torch; start = time.perf_counter(); from openllama.inference import compiler; compiler.library(); "
-    "compiler.most_rows(torch.bfloat16, torch.get_num_threads()); print(time.perf_counter() - start)"
+    "import time, torch; start = time.perf_counter(); from openllama.inference import compiler, structs, threshold; "
+    "compiler.library(); threshold.most_rows(structs.KINDS[torch.bfloat16], torch.bfloat16, torch.get_num_threads()); "
+    "print(time.perf_counter() - start)"
 )
 
 

@@ -7,8 +7,11 @@
 The weights may be quantised: ``from_pretrained(folder, quantize="int8")`` or ``quantize(model, "int4")``.
 
 decoding     the model that decodes by loops
-loops        hands them the weights, and checks that they compute what the model does
-structs      how it does so
+loops        runs a pass
+reading      the addresses of the weights, where the loops compute what the model does, and whether they still do
+threshold    up to how many tokens the loops are faster
+restoring    quantised matrices of prompts
+structs      what the loops are given
 compiler     builds them for this processor
 kernels.cpp  the loops: a pass of a few tokens through the whole model
 """

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import json
 import os
 import platform
 import shlex
@@ -15,15 +14,12 @@ import stat
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from openllama.errors import BackendError
-from openllama.inference.structs import KINDS, Matrix, Model, Pass
+from openllama.inference.structs import Matrix, Model, Pass
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 COMPILERS = ("c++", "g++", "clang++")  # after $CXX
@@ -71,58 +67,6 @@ def _loaded() -> ctypes.CDLL:
     loops.openllama_forward.restype = None
     loops.openllama_forward.argtypes = [ctypes.POINTER(Model), ctypes.POINTER(Pass)]
     return loops
-
-
-def most_rows(dtype: torch.dtype, threads: int) -> int:
-    """The number of tokens up to which the loops multiply faster than torch does, for weights of ``dtype``.
-
-    It is measured once on a machine and kept beside the loops, so that a model computes the same way each time.
-    """
-    path = Path(library()._name).with_suffix(".json")
-    known = _known_rows(path)
-    name = f"{str(dtype).removeprefix('torch.')}, {threads} threads"
-    if name not in known:
-        known[name] = _measure(dtype, threads)
-        with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=path.parent) as work:
-            written = Path(work, path.name)
-            written.write_text(json.dumps(known), encoding="utf-8")
-            written.replace(path)
-    return known[name]
-
-
-def _known_rows(path: Path) -> dict[str, int]:
-    """What earlier processes measured; a file that says nothing of the kind is replaced."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    entries = content.items() if isinstance(content, dict) else ()
-    return {name: rows for name, rows in entries if isinstance(rows, int)}
-
-
-def _measure(dtype: torch.dtype, threads: int) -> int:
-    """The last of 2, 4, ... 64 rows that the loops multiply by a matrix of 45 MB or more faster than torch."""
-    weight = torch.ones(11008, 2048, dtype=dtype, device="cpu")
-    matrix = Matrix(weight.data_ptr(), None, *weight.shape, KINDS[dtype])
-    best = 1
-    for rows in (2, 4, 8, 16, 32, 64):
-        x = weight.new_ones(rows, weight.shape[1], dtype=torch.float32)
-        y = x.new_empty(rows, len(weight))
-        narrow = x.to(dtype)
-        ways = (
-            lambda x=x, y=y, rows=rows: library().openllama_product(matrix, x.data_ptr(), y.data_ptr(), rows, threads),
-            lambda narrow=narrow: F.linear(narrow, weight),
-        )
-        times: list[list[float]] = [[], []]
-        for _ in range(5):  # in turns
-            for way, seconds in zip(ways, times, strict=True):
-                start = time.perf_counter()
-                way()
-                seconds.append(time.perf_counter() - start)
-        if min(times[0]) > min(times[1]):
-            break
-        best = rows
-    return best
 
 
 def folder(name: str) -> Path:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 
 import torch
 from torch import Tensor
 
 from openllama.cache import PreallocatedCache
-from openllama.inference.compiler import library, most_rows
+from openllama.inference.compiler import library
 from openllama.inference.reading import Reading, check_settings
 from openllama.inference.restoring import restore_by_loops
 from openllama.inference.structs import KINDS, Pass
+from openllama.inference.threshold import ALWAYS, NEVER, most_rows
 from openllama.interface import OpenLlamaForCausalLM
 
 
@@ -36,11 +36,9 @@ class Loops:
 
     def take(self, rows: int) -> bool:
         """Whether this is no more tokens than the loops compute faster than libraries do."""
-        return rows <= 2 or rows <= self._most_rows
-
-    @functools.cached_property
-    def _most_rows(self) -> int:
-        return most_rows(self._dtype, torch.get_num_threads())
+        if rows <= ALWAYS or rows > NEVER:
+            return rows <= ALWAYS
+        return rows <= most_rows(self._model.layers[0].up.kind, self._dtype, torch.get_num_threads())
 
     def fit(self, cache: PreallocatedCache, batch: int) -> bool:
         """Whether ``cache`` is memory of the CPU for ``batch`` sequences, as the loops write it."""
