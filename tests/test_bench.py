@@ -16,6 +16,9 @@ from benchmarks.suite import bars, report
 from benchmarks.suite.models import SHAPES
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+import bench  # noqa: E402
+
 EMPTY = "#!/bin/sh\nexit 1\n"  # an interpreter without packages
 
 
@@ -113,3 +116,122 @@ def test_goals_compare_with_the_fastest_peer():
 def test_a_summary_is_the_median_with_the_least_and_the_most():
     taken = [3.0, 1.0, 2.5, 9.0]
     assert report.summary(taken) == {"median": statistics.median(taken), "min": 1.0, "max": 9.0, "count": 4}
+
+
+# --- a run with engines that only say how long they took ---
+
+LIMIT = {"sum": 0.5, "bf16": 0.5, "int8": 0.25}
+
+
+class Said:
+    """In place of the process of an engine: an answer for each command, an error, or Ctrl-C."""
+
+    answers: dict[str, Any] = {}  # noqa: RUF012
+
+    def __init__(self, command: list[Any], **environment: str) -> None:
+        self.facts = {"version": "1"}
+
+    def ask(self, operation: str, **arguments: Any) -> dict[str, Any]:
+        if (answer := self.answers.get(operation)) is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        return answer or {"seconds": [1.0]}
+
+    def close(self) -> None:
+        pass
+
+
+class Machine(Said):
+    def ask(self, operation: str, **arguments: Any) -> dict[str, Any]:
+        return self.answers.get("limit", {"seconds": LIMIT})
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Make a run of ``bench.py`` with arguments; ``answers`` by command."""
+
+    def made_with(*arguments: str, **answers: Any) -> Any:
+        monkeypatch.setattr(Said, "answers", answers)
+        monkeypatch.setattr(bench, "Worker", Said)
+        monkeypatch.setattr(bench.turns, "limit_worker", lambda shape, threads: Machine([]))
+        monkeypatch.setattr(bench.Files, "form", lambda self, name, python: tmp_path)
+        given = ["bench.py", "--shape", "small", "--json", str(tmp_path / "results.json"), *arguments]
+        monkeypatch.setattr(sys, "argv", given)
+        return bench.Run(bench.parsed())
+
+    return made_with
+
+
+def written(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def test_what_was_measured_before_an_interruption_is_in_the_json(run, tmp_path):
+    started = run("--engines", "openllama bf16", "--phases", "prefill", "decode", decode=KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        started.measure()
+    results = written(tmp_path)
+    assert [(row["phase_key"], row["of_limit"] > 0) for row in results["rows"]] == [("prefill", True)]
+    assert results["finished"] is False
+    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_with_one_engine_at_a_time_the_json_has_those_that_are_done(run, tmp_path, monkeypatch):
+    started = run("--engines", "openllama fast", "--phases", "prefill", "--one-at-a-time")
+    saved, save = [], bench.Run.save
+
+    def seen(self: Any) -> None:
+        save(self)
+        saved.append([row["engine"] for row in written(tmp_path)["rows"]])
+
+    monkeypatch.setattr(bench.Run, "save", seen)
+    started.measure()
+    bf16, int8, int4 = (f"openllama fast {precision}" for precision in ("bf16", "int8", "int4"))
+    assert [engines for number, engines in enumerate(saved) if engines not in saved[:number]] == [
+        [bf16], [bf16, int8], [bf16, int8, int4]
+    ]  # fmt: skip
+    assert written(tmp_path)["finished"] is True
+
+
+def test_the_json_has_a_folder_before_anything_is_measured(run, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run("--json", str(tmp_path / "none" / "results.json"))
+    assert "there is no folder" in capsys.readouterr().err
+
+
+def test_an_error_of_the_limits_is_a_status_and_the_seconds_of_engines_remain(run, capsys, monkeypatch):
+    started = run("--engines", "openllama bf16", "--phases", "prefill", limit={"error": "no memory"})
+    started.measure()
+    results = started.results()
+    assert [(row["seconds"]["median"], row["of_limit"]) for row in results["rows"]] == [(1.0, None)]
+    assert results["engines"]["limit"] == {"status": "prefill 512: no memory"}
+    assert "| limit | prefill 512: no memory |" in report.text(results)
+    assert {bar["reached"] for bar in results["bars"]} == {"not measured"}
+
+
+def test_the_first_error_of_an_engine_is_its_status(run):
+    ended = {"error": "the process ended"}
+    started = run(
+        "--engines", "openllama bf16", "--phases", "prefill", "decode", "decode, short", prefill={"seconds": [1.0]},
+        decode=ended,
+    )  # fmt: skip
+    started.measure()
+    assert started.results()["engines"]["openllama bf16"]["status"] == "decode at 512: the process ended"
+    assert [row["phase_key"] for row in started.results()["rows"]] == ["prefill"]
+
+
+def test_processes_that_fail_are_said_in_the_table(run, monkeypatch):
+    monkeypatch.setattr(bench.startup, "first_tokens", lambda *arguments: {"first token, x": [{"error": "no x"}]})
+    monkeypatch.setattr(bench.startup.sys, "executable", "/bin/false")
+    started = run("--engines", "openllama bf16", "--phases", "start", "--repeats", "1")
+    started.measure()
+    others = started.results()["others"]
+    assert set(others) == {
+        "first token, x", "import torch", "import openllama", "openllama generate, tiny model, one token",
+        "loops built now", "loops built before",
+    }  # fmt: skip
+    assert others["import torch"] == {"error": "the process ended with exit code 1: no message"}
+    assert "| first token, x | no x |" in report.text(started.results())
+
+
+def test_an_error_after_some_turns_is_the_answer_to_all():
+    assert report.other([{"seconds": [1.0]}, {"error": "out of memory"}]) == {"error": "out of memory"}

@@ -29,7 +29,7 @@ def draw_bars(results: Mapping[str, Any], path: Path) -> None:
         axis.barh(
             places, [1000 * _seconds(row) for row in rows], color=[OURS if row["ours"] else PEERS for row in rows]
         )
-        for place, row in enumerate(rows):
+        for place, row in ((place, row) for place, row in enumerate(rows) if row["limit_seconds"] is not None):
             axis.plot([1000 * row["limit_seconds"]] * 2, [place - 0.45, place + 0.45], color=LIMIT, linewidth=2)
         axis.set_yticks(places, [row["engine"] for row in rows], fontsize=8)
         axis.set_title(f"{phase}: ms, shorter is better; red: the limit", fontsize=9, loc="left")
