@@ -123,8 +123,9 @@ def test_least_squares_rounds_normal_numbers_better_than_the_nearest_scale() -> 
 def test_nan_and_infinity_are_refused(quantization: str, value: float) -> None:
     matrix = torch.ones(3, 40)
     matrix[1, 35] = value
-    with pytest.raises(InputError, match="NaN or infinity"):
-        round_matrix(matrix, quantization)
+    for refuses in (lambda: round_matrix(matrix, quantization), lambda: rounding.check_finite(matrix)):
+        with pytest.raises(InputError, match="NaN or infinity"):
+            refuses()
 
 
 @both
@@ -483,6 +484,29 @@ def test_foreign_modules_are_refused_before_anything_is_changed() -> None:
     model.enable_input_require_grads()
     with pytest.raises(InputError, match="has hooks"):
         quantize(model, "int8")
+
+
+@both
+@pytest.mark.parametrize("broken", ["bias", "NaN"])
+def test_a_matrix_that_cannot_be_rounded_leaves_the_model_as_it_was(
+    broken: str, quantization: str, tmp_path: Path
+) -> None:
+    model = tiny_model()
+    expected, state = model(tiny_ids()).logits, {name: of.clone() for name, of in model.state_dict().items()}
+    last = model.model.layers[1].mlp.down_proj
+    if broken == "bias":
+        last.bias = nn.Parameter(torch.zeros(24))
+    else:
+        last.weight.data[3, 3] = torch.nan
+    with pytest.raises(InputError, match=rf"model\.layers\.1\.mlp\.down_proj.* {broken}"):
+        quantize(model, quantization)
+    assert not any(isinstance(module, QuantizedMatrix) for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    last.bias = None
+    model.load_state_dict(state)
+    assert torch.equal(model(tiny_ids()).logits, expected)
+    model.save_pretrained(tmp_path)
+    quantize(model, quantization)
 
 
 def test_lora_beside_quantised_weights_is_trained_and_cannot_be_merged() -> None:

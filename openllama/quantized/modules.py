@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from openllama.errors import ConfigError, InputError
 from openllama.model import SharedHead
-from openllama.quantized.rounding import FORMATS, restore_matrix, round_matrix
+from openllama.quantized.rounding import FORMATS, check_finite, restore_matrix, round_matrix
 
 Model = TypeVar("Model", bound=nn.Module)
 BITS = {8: "int8", 4: "int4"}
@@ -226,9 +226,11 @@ def quantize(model: Model, quantization: str) -> Model:
 
     These are the table of embeddings, those of the layers and ``lm_head``; a shared or tied head uses the rounded
     table. Norms and a classifier's ``score`` stay as they are, and are frozen. Raises ``InputError`` for a model with
-    other modules in these places, before anything is changed, and for NaN and infinity.
+    other modules in these places, and for NaN and infinity, before anything is changed.
     """
     places = _places(model, quantization)
+    for name in places:
+        _check_finite(f"{name}.weight", model.get_submodule(name).weight)  # type: ignore[arg-type]
     bits = next(bits for bits, name in BITS.items() if name == quantization)
     for name in places:
         parent, _, own = name.rpartition(".")
@@ -265,9 +267,18 @@ def _places(model: Any, quantization: str) -> list[str]:
                 f"{name} is a {type(module).__name__}, which cannot be quantised; merge or remove adapters first "
                 "(peft: merge_and_unload)"
             )
+        if getattr(module, "bias", None) is not None:
+            raise InputError(f"{name} has a bias and cannot be quantised; the layers of Open-Llama have none")
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
             raise InputError(f"{name} has hooks, which would be lost; remove them, quantise, and register them again")
     return names
+
+
+def _check_finite(name: str, matrix: Tensor) -> None:
+    try:
+        check_finite(matrix)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
 
 
 def check_quantization(asked: str | None, stored: str | None, where: object) -> str | None:

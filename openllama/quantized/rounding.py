@@ -13,7 +13,7 @@ integers reach from -8 to 7, and the largest number may lie at -8, whatever its 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -63,12 +63,30 @@ def round_matrix(weight: Tensor, quantization: str) -> tuple[Tensor, Tensor]:
     shapes = form.shapes(*weight.shape)
     stored = torch.empty(shapes[0], dtype=form.weight_dtype, device=weight.device)
     scales = torch.empty(shapes[1], dtype=form.scale_dtype, device=weight.device)
-    step = max(1, BLOCK // max(1, weight.shape[1]))
-    for start in range(0, len(weight), step):
-        rows = weight[start : start + step].detach().float()
-        part, places = round_rows if quantization == "int8" else round_groups, slice(start, start + step)
+    part = round_rows if quantization == "int8" else round_groups
+    for places, rows in _blocks(weight):
         stored[places], scales[places] = part(rows, form)
     return stored, scales
+
+
+def check_finite(weight: Tensor) -> None:
+    """Raise ``InputError`` for a matrix that ``round_matrix`` refuses; one on the meta device has no numbers."""
+    if not weight.is_meta:
+        for _, rows in _blocks(weight):
+            _check_range(*rows.aminmax())
+
+
+def _blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of rows, and these rows in float32."""
+    step = max(1, BLOCK // max(1, weight.shape[1]))
+    for start in range(0, len(weight), step):
+        places = slice(start, start + step)
+        yield places, weight[places].detach().float()
+
+
+def _check_range(least: Tensor, most: Tensor) -> None:
+    if not (least.isfinite().all() and most.isfinite().all()):
+        raise InputError("a matrix that holds NaN or infinity in float32 cannot be quantised")
 
 
 def round_rows(rows: Tensor, form: Format) -> tuple[Tensor, Tensor]:
@@ -132,8 +150,7 @@ def _sum(w: Tensor) -> Tensor:
 def _peak(w: Tensor, form: Format) -> Tensor:
     """The number of the largest size in each column (1, N); its size where the integers are symmetric."""
     least, most = w.amin(0, keepdim=True), w.amax(0, keepdim=True)
-    if not (least.isfinite().all() and most.isfinite().all()):
-        raise InputError("a matrix that holds NaN or infinity in float32 cannot be quantised")
+    _check_range(least, most)
     size = torch.maximum(most.abs(), least.abs())
     return size if form.low == -form.high else torch.where(most >= -least, size, -size)
 
