@@ -60,7 +60,11 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "openllama-bench", help="the models")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every engine (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="turns that count (default: %(default)s)")
-    parser.add_argument("--context", type=int, default=512, help="tokens of the prompt (default: %(default)s)")
+    parser.add_argument(
+        "--context", type=int, default=512,
+        help="tokens of the prompt; short contexts and those of several rows are a quarter, long ones 4 times as long "
+        "(default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--tokens", type=int, default=8, help="tokens of a turn of decoding (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="rows of the phase with several (default: %(default)s)")
     parser.add_argument("--one-at-a-time", action="store_true", help="hold one engine in memory; V1 does so always")
@@ -104,8 +108,8 @@ class Run:
             DECODE: Work(f"decode at {context}", "decode", {"context": context, "tokens": tokens}),
             SHORT: Work(f"decode at {context // 4}", "decode", {"context": context // 4, "tokens": tokens}),
             LONG: Work(f"decode at {4 * context}", "decode", {"context": 4 * context, "tokens": tokens}),
-            BATCH: Work(f"decode {options.batch} rows at {context}", "decode",
-                        {"context": context, "tokens": tokens, "batch": options.batch}),
+            BATCH: Work(f"decode {options.batch} rows at {context // 4}", "decode",
+                        {"context": context // 4, "tokens": tokens, "batch": options.batch}),
         }  # fmt: skip
 
     def measure(self) -> None:
@@ -127,7 +131,7 @@ class Run:
     def results(self) -> dict[str, Any]:
         """What is known so far; ``finished`` is false until that is all."""
         rates, rows = self.rows()
-        result: dict[str, Any] = {
+        result = {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
             "finished": self.finished,
             "machine": machine(),
@@ -142,9 +146,6 @@ class Run:
             "rows": rows,
             "others": self.others,
         }
-        if LONG in rates:
-            more = self.shape.cache_bytes(4 * self.options.context - self.options.context // 4)
-            result["cache_seconds"] = more / rates[LONG]["sum"]["rate"]
         return {**result, "bars": bars(result)}
 
     def prepare(self) -> dict[Engine, tuple[Path, Path]]:

@@ -59,11 +59,12 @@ def test_a_peer_that_is_not_installed_is_listed(results):
 def test_ratios_follow_from_seconds(results):
     weights = 2 * (4 * 64 * 64 + 3 * 64 * 96) + 4600 * 64
     for row in results["rows"]:
-        rows, tokens = {"prefill": (1, 32), "decode": (1, 1), "decode, batch": (2, 1)}[row["phase_key"]]
+        rows, tokens, past = {"prefill": (1, 32, 0), "decode": (1, 1, 32), "decode, batch": (2, 1, 8)}[row["phase_key"]]
+        read = 2 * weights + rows * past * 2 * 2 * 2 * 64  # keys and values of 2 layers in 2 bytes
         limit = results["limits"][row["phase_key"]]
         bytes_per_second = (2 * weights // 4 * 4) / limit["sum"]["seconds"]["median"]
         operations_per_second = 2 * 128**3 / limit["bf16"]["seconds"]["median"]
-        least = max(2 * weights / bytes_per_second, row["operations"] / operations_per_second)
+        least = max(read / bytes_per_second, row["operations"] / operations_per_second)
         assert row["limit_seconds"] == pytest.approx(least)
         assert row["of_limit"] == pytest.approx(least / row["seconds"]["median"])
         assert row["tokens_per_second"] == pytest.approx(rows * tokens / row["seconds"]["median"])
@@ -111,6 +112,35 @@ def test_goals_compare_with_the_fastest_peer():
     assert reached(made(fast=2, peer=1, vino=3), start) == (0.5, "no")
     assert reached(made(fast=2), start) == (None, "not measured")
     assert reached(made(fast=2, fast8=3), "decode int4: speed beside our int8") == (1.5, "must")
+
+
+FIGURES = {"engine": "openllama fast bf16", "bytes_per_second": 100.0, "of_limit": 0.9}
+
+
+def in_phases(**phases: dict[str, Any]) -> dict[str, Any]:
+    """Results with rows of fast bfloat16 in phases."""
+    names = {"short": "decode, short", "long": "decode, long", "batch": "decode, batch"}
+    rows = [{**FIGURES, "rows": 1, "phase_key": names[key], **of} for key, of in phases.items()]
+    return {"rows": rows, "others": {}}
+
+
+def test_several_rows_have_one_of_two_goals():
+    one, batch = {"tokens_per_second": 10.0}, {"tokens_per_second": 60.0, "rows": 8}
+    start = "decode bf16, 8 rows: tokens/s"
+    assert reached(in_phases(short=one, batch=batch), start) == (6.0, "must")
+    assert reached(in_phases(short=one, batch={**batch, "rows": 4}), start) == (None, "not measured")
+    for share, expected in ((0.85, "must"), (0.75, "no")):
+        assert reached(in_phases(batch={"of_limit": share}), "decode bf16, rows: share") == (share, expected)
+
+
+def test_a_long_context_may_cost_what_its_cache_takes_to_read_and_a_twentieth():
+    short = {"seconds": {"median": 2.0}, "cache_bytes": 100}
+    start = "decode bf16, long context"
+    for seconds, expected in ((8.3, "must"), (8.5, "no")):
+        found = reached(in_phases(short=short, long={"seconds": {"median": seconds}, "cache_bytes": 700}), start)
+        assert found == (pytest.approx(seconds / (2 + 600 / 100)), expected)
+    long = {"seconds": {"median": 8.0}, "cache_bytes": 700, "bytes_per_second": None}
+    assert reached(in_phases(short=short, long=long), start) == (None, "not measured")
 
 
 def test_a_summary_is_the_median_with_the_least_and_the_most():
@@ -235,3 +265,21 @@ def test_processes_that_fail_are_said_in_the_table(run, monkeypatch):
 
 def test_an_error_after_some_turns_is_the_answer_to_all():
     assert report.other([{"seconds": [1.0]}, {"error": "out of memory"}]) == {"error": "out of memory"}
+
+
+@pytest.mark.parametrize(("ids", "reached_now"), [([1, 2], "must"), ([1, 3], "no"), (None, "not measured")])
+def test_ids_that_guesses_change_fail_a_bar_and_stand_in_the_table(run, monkeypatch, ids, reached_now):
+    def answered(self: Any, operation: str, **arguments: Any) -> dict[str, Any]:
+        plain = "lookup" not in arguments and "assistant" not in arguments
+        if operation == "generate" and ids is None and plain:
+            return {"error": "no memory"}
+        return {"seconds": [1.0], "ids": [1, 2] if plain else ids}
+
+    started = run("--engines", "openllama fast bf16", "--phases", "generate", "--repeats", "1")
+    monkeypatch.setattr(Said, "ask", answered)
+    started.measure()
+    for name in ("prompt lookup", "int4 assistant"):
+        assert reached(started.results(), f"{name}: ids")[1] == reached_now
+    printed = report.text(started.results())
+    assert ("generate, prompt lookup, OTHER IDS than plain" in printed) == (ids == [1, 3])
+    assert ("generate, prompt lookup, the ids of plain" in printed) == (ids == [1, 2])

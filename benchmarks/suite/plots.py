@@ -38,7 +38,7 @@ def draw_bars(results: Mapping[str, Any], path: Path) -> None:
 
 
 def draw_roofline(results: Mapping[str, Any], path: Path) -> None:
-    """Operations a second over operations per byte of weights; ours filled, the best peer hollow."""
+    """Operations a second over operations per byte of weights and cache; ours filled, the best peer hollow."""
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7.5, 5))
@@ -50,12 +50,13 @@ def draw_roofline(results: Mapping[str, Any], path: Path) -> None:
         roof = [min(x * limit["sum"]["rate"], top) for x in intensity]
         axis.plot(intensity, roof, style, color="black", linewidth=1, label=f"limit, products of {kind}")
     for row in _points(results):
+        read = row["weight_bytes"] + row["cache_bytes"]
         axis.plot(
-            row["operations"] / row["weight_bytes"], row["operations"] / _seconds(row), MARKS[row["phase_key"]],
+            row["operations"] / read, row["operations"] / _seconds(row), MARKS[row["phase_key"]],
             color=COLOURS[row["precision"]], fillstyle="full" if row["ours"] else "none", markersize=8,
             label=f"{row['engine']}, {row['phase_name']}",
         )  # fmt: skip
-    axis.set(xscale="log", yscale="log", xlabel="operations per byte of weights", ylabel="operations per second")
+    axis.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="operations per second")
     axis.grid(True, which="major", linewidth=0.3)
     axis.legend(fontsize=6, loc="lower right")
     figure.suptitle(_caption(results), fontsize=8)

@@ -64,13 +64,18 @@ def limits(shape: Shape, answers: Sequence[Mapping[str, Any]]) -> dict[str, dict
     return {name: {"seconds": taken, "rate": rates[name]} for name, taken in found.items()}
 
 
+def cache_bytes(shape: Shape, work: Work) -> int:
+    """Bytes of the keys and values that a pass reads."""
+    return work.rows * shape.cache_bytes(work.past)
+
+
 def limit_seconds(shape: Shape, precision: str, rates: Mapping[str, float], work: Work) -> tuple[float, str]:
     """The least time of a pass of ``work``, and what bounds it.
 
-    "memory": every weight is read once. "products": at the rate of bfloat16, or for narrower weights at that of int8
-    where it is higher.
+    "memory": every weight is read once, and the keys and values of earlier tokens. "products": at the rate of
+    bfloat16, or for narrower weights at that of int8 where it is higher.
     """
-    memory = shape.weight_bytes(precision) / rates["sum"]
+    memory = (shape.weight_bytes(precision) + cache_bytes(shape, work)) / rates["sum"]
     rate = rates["bf16"] if precision == "bf16" else max(rates["bf16"], rates["int8"])
     products = shape.operations(work.tokens, work.rows, work.past) / rate
     return max((memory, "memory"), (products, "products"))
@@ -95,7 +100,10 @@ def row(
         "seconds": taken,
         "tokens_per_second": work.rows * work.tokens / taken["median"],
         "operations": shape.operations(work.tokens, work.rows, work.past),
+        "rows": work.rows,
         "weight_bytes": shape.weight_bytes(engine.precision),
+        "cache_bytes": cache_bytes(shape, work),
+        "bytes_per_second": None if limit is None else limit["sum"]["rate"],  # that the machine reads
         "limit_seconds": least,
         "bound": bound,
         "of_limit": None if least is None else least / taken["median"],
@@ -135,7 +143,7 @@ def text(results: Mapping[str, Any]) -> str:
     lines = [
         f"{shape['name']}: {shape['parameters'] / 1e6:.0f} M parameters. {made['processor']}; {results['threads']} "
         f"threads, {made['cores']} cores; torch {made['torch']}; {results['date']}",
-        "Medians [least, most]; limit: of reading the weights once, or of the products where they take longer.",
+        "Medians [least, most]; limit: of reading weights and cache once, or of the products where they take longer.",
     ]
     for phase in dict.fromkeys(row["phase_name"] for row in results["rows"]):
         lines += ["", *_phase(results, phase)]
@@ -174,7 +182,8 @@ def _others(results: Mapping[str, Any]) -> list[str]:
     lines = ["| other | s |", "| --- | --- |"]
     for name, taken in results["others"].items():
         if "seconds" in taken:
-            lines.append("| {} | {median:.3f} [{min:.3f}, {max:.3f}] |".format(name, **taken["seconds"]))
+            ids = {True: ", the ids of plain", False: ", OTHER IDS than plain", None: ""}[taken.get("same_ids")]
+            lines.append("| {}{} | {median:.3f} [{min:.3f}, {max:.3f}] |".format(name, ids, **taken["seconds"]))
         else:
             lines.append(f"| {name} | {taken['error']} |")
     return lines
