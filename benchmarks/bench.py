@@ -16,7 +16,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +176,7 @@ class Run:
                     workers[engine.name] = worker
             for phase in (phase for phase in self.work if phase in self.options.phases and workers):
                 work = self.work[phase]
-                self.say(phase)
+                self.say(phase, workers)
                 answers = turns.take_turns(workers, limit, self.options.repeats, work.command, **work.arguments)
                 self.found.append((phase, answers))
                 self.save()
@@ -192,7 +192,7 @@ class Run:
         """The fast model with and without guesses, in turns: seconds of a call, or why there are none."""
         if FAST not in workers:
             return
-        self.say("generate")
+        self.say("generate", [FAST])
         taken: dict[str, list[dict[str, Any]]] = {name: [] for name in GENERATING}
         size = {"context": self.options.context, "tokens": 4 * self.options.tokens}
         for turn in range(self.options.repeats + 1):
@@ -228,8 +228,12 @@ class Run:
                 rows.append(row(self.shape, ENGINES[name], phase, work, answers[name], limit))
         return rates, rows
 
-    def say(self, phase: str) -> None:
-        print(f"{datetime.datetime.now():%H:%M:%S} {phase}", file=sys.stderr, flush=True)
+    def say(self, phase: str, engines: Iterable[str] = ()) -> None:
+        """Say on the standard error which phase begins, and of which engine where they do not take turns."""
+        chosen = [name for name in PHASES if name in self.options.phases]
+        what = [self.work[phase].title if phase in self.work else phase, *(engines if self.alone else ())]
+        at = f"{datetime.datetime.now():%H:%M:%S} phase {chosen.index(phase) + 1} of {len(chosen)}"
+        print(f"{at}: {', '.join(what)}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

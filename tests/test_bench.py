@@ -283,3 +283,22 @@ def test_ids_that_guesses_change_fail_a_bar_and_stand_in_the_table(run, monkeypa
     printed = report.text(started.results())
     assert ("generate, prompt lookup, OTHER IDS than plain" in printed) == (ids == [1, 3])
     assert ("generate, prompt lookup, the ids of plain" in printed) == (ids == [1, 2])
+
+
+def test_it_is_said_which_phase_of_how_many_runs_and_of_which_engine_if_alone(run, capsys):
+    arguments = ("--engines", "openllama bf16", "openllama fast bf16", "--phases", "decode", "prefill")
+    for alone in ((), ("--one-at-a-time",)):
+        run(*arguments, *alone).measure()
+    assert [line.split(maxsplit=1)[1] for line in capsys.readouterr().err.splitlines()] == [
+        "phase 1 of 2: prefill 512", "phase 2 of 2: decode at 512",
+        "phase 1 of 2: prefill 512, openllama bf16", "phase 2 of 2: decode at 512, openllama bf16",
+        "phase 1 of 2: prefill 512, openllama fast bf16", "phase 2 of 2: decode at 512, openllama fast bf16",
+    ]  # fmt: skip
+
+
+def test_each_phase_has_a_context_of_its_own_and_several_rows_a_short_one(run):
+    work = run().work
+    assert {phase: of.past for phase, of in work.items()} == {
+        "prefill": 0, "decode": 512, "decode, short": 128, "decode, long": 2048, "decode, batch": 128
+    }  # fmt: skip
+    assert (work["decode, batch"].title, work["decode, batch"].rows) == ("decode 8 rows at 128", 8)
