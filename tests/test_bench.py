@@ -7,17 +7,25 @@ import os
 import statistics
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.suite import bars, report
-from benchmarks.suite.models import SHAPES
+from benchmarks.suite.models import SHAPES, TINY
+from openllama.config import QUANTIZATIONS
+from openllama.inference import compiler
+from tests.tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks" / "suite"))  # as where its workers run
 import bench  # noqa: E402
+import quality  # noqa: E402
+import workers  # noqa: E402
 
 EMPTY = "#!/bin/sh\nexit 1\n"  # an interpreter without packages
 
@@ -302,3 +310,59 @@ def test_each_phase_has_a_context_of_its_own_and_several_rows_a_short_one(run):
         "prefill": 0, "decode": 512, "decode, short": 128, "decode, long": 2048, "decode, batch": 128
     }  # fmt: skip
     assert (work["decode, batch"].title, work["decode, batch"].rows) == ("decode 8 rows at 128", 8)
+
+
+# --- rows are what they are named ---
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    monkeypatch.setenv("OPENLLAMA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    compiler.library.cache_clear()
+    with warnings.catch_warnings():
+        yield
+    compiler.library.cache_clear()
+
+
+def test_a_fast_engine_that_would_be_the_slow_model_is_an_error_with_the_reason(no_compiler):
+    for precision in ("bf16", "int4"):
+        with pytest.raises(UserWarning, match=r"not fast: .*no-such-compiler"):
+            workers.fast_model(str(TINY), precision)
+
+
+def test_a_fast_row_of_the_quality_that_would_be_the_slow_model_is_an_error_with_the_reason(no_compiler):
+    with pytest.raises(UserWarning, match=r"not fast: .*no-such-compiler"):
+        quality.VARIANTS["bfloat16, fast"](tiny_model())
+
+
+def test_the_rows_of_the_quality_say_in_which_type_they_are_computed(monkeypatch):
+    fast = []
+    monkeypatch.setattr(quality, "by_gguf", lambda kind: lambda matrix: matrix)
+    monkeypatch.setattr(quality, "fast", lambda model: fast.append(model) or model)
+    for name, variant in quality.VARIANTS.items():
+        fast.clear()
+        made = variant(tiny_model())
+        model = fast[0] if fast else made
+        assert ("bfloat16" in name) == (model.dtype == torch.bfloat16), name
+        assert ("fast" in name) == bool(fast), name
+        rounded = next((kind for kind in QUANTIZATIONS if name.split(" in ")[0] == kind), None)
+        assert model.config.quantization == rounded, name
+
+
+def test_the_quality_of_several_texts_is_one_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quality, "VARIANTS", {"int8": quality.VARIANTS["int8"]})
+    text = tmp_path / "verse.txt"
+    text.write_text("What light through yonder window breaks?\n" * 200, encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["quality.py", "--text", str(text), "--text", str(text), "--tokens", "256"])
+    quality.main()
+    printed = capsys.readouterr().out.splitlines()
+    [start] = [number for number, line in enumerate(printed) if line.startswith("| weights |")]
+    columns = "verse, 256 tokens: perplexity | KL | same, %"
+    assert printed[start] == f"| weights | {columns} | {columns} |"
+    assert printed[start + 1] == "| --- |" + " ---: |" * 6
+    rows = {cells[0]: cells[1:] for cells in (line.strip("| ").split(" | ") for line in printed[start + 2 :])}
+    assert list(rows) == ["float32", "int8"]
+    assert rows["float32"][1:3] == ["0", "100.00"]
+    assert 0 < float(rows["int8"][1]) < 0.01
+    assert rows["int8"][:3] == rows["int8"][3:]

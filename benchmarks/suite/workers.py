@@ -128,10 +128,13 @@ class FastOpenLlama(OpenLlama):
 
 
 def fast_model(folder: str, precision: str) -> Any:
-    """``precision``: weights are rounded to it while they are read."""
+    """``precision``: weights are rounded to it while they are read. Where it would not be fast, that is an error."""
+    import warnings
+
     from openllama import OpenLlamaForCausalLM
     from openllama.inference import fast
 
+    warnings.filterwarnings("error", "decoding is not fast")  # also later: a pass looks at the model anew
     settings = {} if precision == "bf16" else {"quantize": precision}
     return fast(OpenLlamaForCausalLM.from_pretrained(folder, **settings))
 
