@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-from serving import Command, serve  # beside this file
+from serving import Command, seconds, serve  # beside this file, with nothing but Python's own
 
 Ids = list[list[int]]  # one list a row, all of one length
 ROOM = 128  # tokens that a prompt is continued by before it is computed anew
@@ -75,12 +75,6 @@ class Timed:
         """Seconds of a whole call of ``generate``, and its ids. The prompt repeats its first quarter, as texts do."""
         [ids] = prompt(self.vocabulary, 1, context - context // 4)
         return self.engine.generate(ids + ids[: context // 4], tokens, **settings)  # type: ignore[attr-defined]
-
-
-def seconds(work: Any) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 # --- this package ---
