@@ -279,6 +279,8 @@ class PretrainedModel(nn.Module):
                 model = cls(dataclasses.replace(checkpoint.config, quantization=None))
             model.set_attn_implementation(attn_implementation)
             weights = select(checkpoint.tensors, checkpoint.config, model._head)
+            if device.type == "meta":
+                weights = _unread(weights)
             if quantization is not None:
                 make_quantized(model.to(dtype or weights.dtype), quantization)
                 weights = quantized_weights(weights, quantize if checkpoint.config.quantization is None else None)
@@ -385,6 +387,14 @@ class PretrainedModel(nn.Module):
             shape = (self.config.num_labels, self.config.hidden_size)
             state[SCORE] = torch.empty(shape, dtype=dtype, device=device).normal_(std=self.config.initializer_range)
         return state if self.base_model is not self else {k.removeprefix(PREFIX): t for k, t in state.items()}
+
+
+def _unread(weights: Weights) -> Weights:
+    """The same on the meta device: shapes and types, of which no number is read."""
+    tensors = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in weights.tensors.items()
+    }
+    return dataclasses.replace(weights, tensors=tensors)
 
 
 def _one_device(device: Device | None, device_map: DeviceMap | None) -> torch.device:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from openllama import OpenLlamaForCausalLM, OpenLlamaForSequenceClassification, OpenLlamaModel, OpenLlamaTokenizer
 from openllama.checkpoint import convert, diff, inspect, open_checkpoint, verify
 from openllama.checkpoint import quantize as rounding_while_reading
+from openllama.checkpoint.pieces import pieces
 from openllama.config import QUANTIZATIONS
 from openllama.errors import CheckpointError, ConfigError, InputError, KeyMismatchError, heard
 from openllama.parallel import load
@@ -546,3 +547,71 @@ def test_a_matrix_is_read_once_and_in_pieces(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(rounding_while_reading, "_round", lambda name, *rest: (seen.append(name), of(name, *rest))[1])
     OpenLlamaForCausalLM.from_pretrained(tmp_path, quantize="int8")
     assert len(seen) == len(set(seen)) == 15
+
+
+EVEN = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128}  # scales follow their weights in the file
+
+
+@both
+@pytest.mark.parametrize("shard_size", [None, "5 KiB"])
+def test_a_conversion_rounds_every_number_once_and_keeps_the_scales_of_one_matrix(
+    quantization: str, shard_size: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model(**EVEN).save_pretrained(tmp_path / "plain")
+    rounded: dict[str, int] = {}
+    kept: list[int] = []
+    of, weight = rounding_while_reading._round, rounding_while_reading._Weight
+
+    def counted(name: str, rows: Tensor, *rest: Any) -> Any:
+        rounded[name] = rounded.get(name, 0) + rows.numel()
+        return of(name, rows, *rest)
+
+    class Watched(weight):
+        def pieces(self, read: Any) -> Any:
+            yield from super().pieces(read)
+            kept.append(len(self.latest))
+
+    monkeypatch.setattr(rounding_while_reading, "_round", counted)
+    monkeypatch.setattr(rounding_while_reading, "_Weight", Watched)
+    monkeypatch.setattr("openllama.checkpoint.pieces.PIECE", 1000)
+    with pytest.warns(UserWarning, match="no tokenizer"):
+        convert(tmp_path / "plain", tmp_path / "new", quantize=quantization, max_shard_size=shard_size, progress=False)
+    source = open_checkpoint(tmp_path / "plain").tensors
+    assert rounded == {name: tensor.numel() for name, tensor in source.items() if name in rounded}
+    assert kept == [1] * 15
+    tensors = open_checkpoint(tmp_path / "new").tensors
+    for name in rounded:
+        expected = round_matrix(source[name], quantization)
+        assert all(map(torch.equal, (tensors[name], tensors[f"{name.removesuffix('weight')}scale"]), expected))
+
+
+def test_scales_that_are_not_read_after_their_weight_are_computed_anew() -> None:
+    latest: dict[str, list[Tensor]] = {}
+    matrices = {f"model.layers.{n}.mlp.up_proj.weight": torch.randn(20, 40) for n in range(2)}
+    tensors: dict[str, Any] = {}
+    for name, matrix in matrices.items():
+        tensors |= rounding_while_reading._computed(name, matrix, "int4", latest)
+    read = {name: torch.cat(list(pieces(tensors[name]))) for name in sorted(tensors, reverse=True)}
+    half_read = pieces(tensors[next(iter(matrices))])
+    next(half_read)
+    for name, matrix in matrices.items():
+        scale = name.replace("weight", "scale")
+        assert all(map(torch.equal, (read[name], read[scale]), round_matrix(matrix, "int4")))
+        assert torch.equal(torch.cat(list(pieces(tensors[scale]))), read[scale])
+
+
+@both
+@heads
+def test_on_the_meta_device_a_quantised_model_has_its_shapes_and_no_number_is_read(
+    quantization: str, head: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model(**head).save_pretrained(tmp_path)
+    expected = OpenLlamaForCausalLM.from_pretrained(tmp_path, quantize=quantization)
+    monkeypatch.setattr(rounding, "_blocks", lambda weight: pytest.fail("numbers are read"))
+    model = OpenLlamaForCausalLM.from_pretrained(tmp_path, quantize=quantization, device="meta")
+    assert model.config == expected.config
+    found = model.state_dict()
+    assert all(tensor.is_meta for tensor in found.values())
+    assert {name: (of.shape, of.dtype) for name, of in found.items()} == {
+        name: (of.shape, of.dtype) for name, of in expected.state_dict().items()
+    }

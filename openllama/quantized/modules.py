@@ -53,8 +53,7 @@ class QuantizedMatrix(nn.Module):
         return restore_matrix(self.weight, self.scale, self.columns, dtype)
 
     def _round(self, matrix: Tensor) -> None:
-        if not matrix.is_meta:
-            self.weight, self.scale = round_matrix(matrix, BITS[self.bits])
+        self.weight, self.scale = round_matrix(matrix, BITS[self.bits])
 
     def _product(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., M)."""

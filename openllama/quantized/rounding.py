@@ -57,14 +57,14 @@ def round_matrix(weight: Tensor, quantization: str) -> tuple[Tensor, Tensor]:
 
     int8: (M, K) int8 and (M,) float32. int4: (M, G * 16) uint8 and (M, G) bfloat16 for G groups of each row, the last
     filled up with zeros. Byte j of a group holds the integers of its elements j and j + 16, increased by 8, in the low
-    and the high half. Raises ``InputError`` for NaN and infinity.
+    and the high half. On the meta device there are shapes alone. Raises ``InputError`` for NaN and infinity.
     """
     form = FORMATS[quantization]
     shapes = form.shapes(*weight.shape)
     stored = torch.empty(shapes[0], dtype=form.weight_dtype, device=weight.device)
     scales = torch.empty(shapes[1], dtype=form.scale_dtype, device=weight.device)
     part = round_rows if quantization == "int8" else round_groups
-    for places, rows in _blocks(weight):
+    for places, rows in _blocks(weight) if not weight.is_meta else ():
         stored[places], scales[places] = part(rows, form)
     return stored, scales
 
