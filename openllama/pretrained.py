@@ -41,7 +41,8 @@ from openllama.generation.config import GENERATION_CONFIG_FILE, GenerationConfig
 from openllama.model import Inputs, StableEmbedding
 from openllama.quantized import QuantizedEmbedding
 from openllama.quantized import quantize as make_quantized
-from openllama.quantized.modules import QuantizedMatrix, check_quantization
+from openllama.quantized.modules import QuantizedMatrix
+from openllama.quantized.rounding import check_quantization
 from openllama.surgery import check_resizable, check_special_ids, own_head, resize_vocabulary
 
 Model = TypeVar("Model", bound="PretrainedModel")
@@ -274,7 +275,10 @@ class PretrainedModel(nn.Module):
         with torch.device("cpu"):  # files are read there, whatever torch's default device is
             checkpoint = open_checkpoint(folder, config, **config_overrides)
             _check_format(checkpoint, use_safetensors)
-            quantization = check_quantization(quantize, checkpoint.config.quantization, checkpoint.path)
+            stored = checkpoint.config.quantization
+            if quantize not in (None, stored):
+                check_quantization(quantize, stored, checkpoint.path)
+            quantization = quantize or stored
             with without_numbers():
                 model = cls(dataclasses.replace(checkpoint.config, quantization=None))
             model.set_attn_implementation(attn_implementation)
@@ -283,7 +287,7 @@ class PretrainedModel(nn.Module):
                 weights = _unread(weights)
             if quantization is not None:
                 make_quantized(model.to(dtype or weights.dtype), quantization)
-                weights = quantized_weights(weights, quantize if checkpoint.config.quantization is None else None)
+                weights = quantized_weights(weights, quantize if stored is None else None)
         model.load_state_dict(model._state(weights, dtype or weights.dtype, device), strict=True, assign=True)
         model.tie_weights()
         model.set_attn_implementation(attn_implementation)  # again, now that the device is known

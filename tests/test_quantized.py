@@ -24,7 +24,7 @@ from openllama.config import QUANTIZATIONS
 from openllama.errors import CheckpointError, ConfigError, InputError, KeyMismatchError, heard
 from openllama.parallel import load
 from openllama.quantized import QuantizedEmbedding, QuantizedLinear, QuantizedSharedHead, quantize, rounding
-from openllama.quantized.modules import BITS, QuantizedMatrix
+from openllama.quantized.modules import QuantizedMatrix
 from openllama.quantized.rounding import FORMATS, GROUP, restore_matrix, round_matrix
 from tests.draw import examples
 from tests.tiny import tiny_ids, tiny_model
@@ -138,7 +138,16 @@ def test_blocks_of_rows_do_not_change_the_result(quantization: str, monkeypatch:
 
 
 def test_the_config_names_the_formats() -> None:
-    assert list(QUANTIZATIONS) == list(FORMATS) == list(BITS.values())
+    assert list(QUANTIZATIONS) == list(FORMATS)
+
+
+@both
+def test_a_module_keeps_the_name_of_its_format(quantization: str) -> None:
+    model = quantize(tiny_model(), quantization)
+    modules = [module for module in model.modules() if isinstance(module, QuantizedMatrix)]
+    assert {(module.quantization, FORMATS[quantization].bits) for module in modules} == {
+        (quantization, modules[0].bits)
+    }
 
 
 # ---- modules
@@ -146,8 +155,7 @@ def test_the_config_names_the_formats() -> None:
 
 def linear(quantization: str, rows: int = 23, columns: int = 70) -> tuple[QuantizedLinear, Tensor]:
     module = nn.Linear(columns, rows, bias=False)
-    bits = {name: bits for bits, name in BITS.items()}[quantization]
-    return QuantizedLinear.of(module, bits), restored(module.weight.detach(), quantization)
+    return QuantizedLinear.of(module, FORMATS[quantization].bits), restored(module.weight.detach(), quantization)
 
 
 @both
@@ -391,10 +399,6 @@ def test_loading_takes_little_more_memory_than_the_result(quantization: str, tmp
 
 def test_a_folder_of_another_quantisation_is_refused_with_the_way_out(tmp_path: Path) -> None:
     quantize(tiny_model(), "int8").save_pretrained(tmp_path / "int8")
-    with pytest.raises(ConfigError, match=r"holds weights of int8, which cannot become int4; .*made from"):
-        OpenLlamaForCausalLM.from_pretrained(tmp_path / "int8", quantize="int4")
-    with pytest.raises(InputError, match="one of int8, int4, got 'int2'"):
-        OpenLlamaForCausalLM.from_pretrained(tmp_path / "int8", quantize="int2")
     for options in ({"to": "hf"}, {"to": "llama"}, {"to": "gguf"}, {"dtype": "bfloat16"}, {"quantize": "int8"}):
         with pytest.raises(InputError, match=r"quantised to int8.* made from"):
             convert(tmp_path / "int8", tmp_path / "x.gguf", progress=False, **options)
@@ -404,6 +408,29 @@ def test_a_folder_of_another_quantisation_is_refused_with_the_way_out(tmp_path: 
         model.save_pretrained(tmp_path / "hf", layout="hf")
     with pytest.raises(InputError, match="not split over processes"):
         load(OpenLlamaForCausalLM, tmp_path / "int8", lambda model: None)
+
+
+def test_every_way_to_quantise_refuses_an_unknown_format_and_what_is_quantised_already_with_the_same_words(
+    tmp_path: Path,
+) -> None:
+    folder, model = tmp_path / "int8", quantize(tiny_model(), "int8")
+    model.save_pretrained(folder)
+    ways: dict[object, Any] = {
+        "the model": lambda asked: quantize(model, asked),
+        folder: lambda asked: OpenLlamaForCausalLM.from_pretrained(folder, quantize=asked),
+        str(folder): lambda asked: convert(folder, tmp_path / "new", quantize=asked, progress=False),
+    }
+    for where, way in ways.items():
+        with pytest.raises(InputError) as unknown:
+            way("int2")
+        assert str(unknown.value) == "the quantisation must be one of int8, int4, got 'int2'"
+        with pytest.raises(InputError) as again:
+            way("int4")
+        assert str(again.value) == (
+            f"{where} is quantised to int8 already, and is not rounded again; for int4, take what it was made from"
+        )
+    with pytest.raises(InputError, match="one of int8, int4, got 'int2'"):  # before anything is fetched or opened
+        convert(tmp_path / "none", tmp_path / "new", quantize="int2")
 
 
 def test_checkpoints_that_are_stored_in_other_ways_are_not_compared(tmp_path: Path) -> None:
@@ -471,8 +498,9 @@ def test_changes_of_the_vocabulary_and_of_modules_are_refused() -> None:
             change()
     with pytest.raises(InputError, match="quantised to int8 already"):
         quantize(model, "int4")
-    with pytest.raises(InputError, match="one of int8, int4, got 8"):
-        quantize(tiny_model(), 8)  # type: ignore[arg-type]
+    for wrong in (8, None, ["int8"]):
+        with pytest.raises(InputError, match="one of int8, int4, got "):
+            quantize(tiny_model(), wrong)  # type: ignore[arg-type]
 
 
 def test_foreign_modules_are_refused_before_anything_is_changed() -> None:

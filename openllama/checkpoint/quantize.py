@@ -12,7 +12,7 @@ from torch import Tensor
 from openllama.checkpoint.export import Export
 from openllama.checkpoint.names import MATRICES, Weights, pattern, scale_name
 from openllama.checkpoint.pieces import Computed, Read, Source, pieces
-from openllama.config import CONFIG_FILE, OpenLlamaConfig
+from openllama.config import CONFIG_FILE
 from openllama.errors import InputError
 from openllama.quantized.rounding import FORMATS, round_matrix
 
@@ -46,17 +46,6 @@ def quantized_export(exported: Export, quantization: str) -> Export:
             tensors[name] = source
     config = {**exported.files[CONFIG_FILE], "quantization": quantization}
     return dataclasses.replace(exported, tensors=tensors, files={**exported.files, CONFIG_FILE: config})
-
-
-def check_unquantized(config: OpenLlamaConfig, quantization: str | None) -> None:
-    """Raise ``InputError`` for an unknown quantisation, and for a model that is quantised already."""
-    if quantization is not None and quantization not in FORMATS:
-        raise InputError(f"quantize must be one of {', '.join(FORMATS)}, got {quantization!r}")
-    if quantization is not None and config.quantization is not None:
-        raise InputError(
-            f"the weights are quantised to {config.quantization} already; quantise the checkpoint that they were made "
-            "from"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from openllama.errors import ConfigError, InputError
+from openllama.errors import InputError
 from openllama.model import SharedHead
-from openllama.quantized.rounding import FORMATS, check_finite, restore_matrix, round_matrix
+from openllama.quantized.rounding import FORMATS, check_finite, check_quantization, restore_matrix, round_matrix
 
 Model = TypeVar("Model", bound=nn.Module)
-BITS = {8: "int8", 4: "int4"}
+BITS = {form.bits: name for name, form in FORMATS.items()}
 MANY = 32  # rows of bfloat16 from which int8 weights are multiplied as integers, which takes half the time
 BLOCK = 2**22  # numbers that are restored at a time for a product on a CPU: what a cache holds
 #: the matrices of each layer, in the order in which they are used
@@ -38,8 +38,8 @@ class QuantizedMatrix(nn.Module):
         super().__init__()
         if bits not in BITS:
             raise InputError(f"bits must be 8 or 4, got {bits!r}")
-        self.bits, self.columns = bits, columns
-        form = FORMATS[BITS[bits]]
+        self.bits, self.columns, self.quantization = bits, columns, BITS[bits]
+        form = FORMATS[self.quantization]
         weight, scale = form.shapes(rows, columns)
         self.register_buffer("weight", torch.zeros(weight, dtype=form.weight_dtype, device=device))
         self.register_buffer("scale", torch.zeros(scale, dtype=form.scale_dtype, device=device))
@@ -53,7 +53,7 @@ class QuantizedMatrix(nn.Module):
         return restore_matrix(self.weight, self.scale, self.columns, dtype)
 
     def _round(self, matrix: Tensor) -> None:
-        self.weight, self.scale = round_matrix(matrix, BITS[self.bits])
+        self.weight, self.scale = round_matrix(matrix, self.quantization)
 
     def _product(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., M)."""
@@ -230,12 +230,11 @@ def quantize(model: Model, quantization: str) -> Model:
     places = _places(model, quantization)
     for name in places:
         _check_finite(f"{name}.weight", model.get_submodule(name).weight)  # type: ignore[arg-type]
-    bits = next(bits for bits, name in BITS.items() if name == quantization)
     for name in places:
         parent, _, own = name.rpartition(".")
         module = model.get_submodule(name)
         kind: Any = QuantizedLinear if isinstance(module, nn.Linear) else QuantizedEmbedding
-        setattr(model.get_submodule(parent), own, kind.of(module, bits))
+        setattr(model.get_submodule(parent), own, kind.of(module, FORMATS[quantization].bits))
         del module  # before the next is rounded
     if hasattr(model, "lm_head") and "lm_head" not in places:
         model.lm_head = QuantizedSharedHead(model)  # type: ignore[arg-type]
@@ -247,12 +246,7 @@ def quantize(model: Model, quantization: str) -> Model:
 
 def _places(model: Any, quantization: str) -> list[str]:
     """Names of the modules to quantise; raises ``InputError`` where they are not the model's own."""
-    if quantization not in FORMATS:
-        raise InputError(f"quantization must be one of {', '.join(FORMATS)}, got {quantization!r}")
-    if model.config.quantization is not None:
-        raise InputError(
-            f"the model is quantised to {model.config.quantization} already; quantise what it was made from"
-        )
+    check_quantization(quantization, model.config.quantization)
     config = model.config
     layers = [f"layers.{number}.{part}" for number in range(config.num_hidden_layers) for part in IN_LAYER]
     prefix = "" if model.base_model is model else "model."
@@ -278,15 +272,3 @@ def _check_finite(name: str, matrix: Tensor) -> None:
         check_finite(matrix)
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
-
-
-def check_quantization(asked: str | None, stored: str | None, where: object) -> str | None:
-    """The quantisation of a model that is loaded; ``ConfigError`` where a folder holds another than was asked for."""
-    if asked is not None and asked not in FORMATS:
-        raise InputError(f"quantize must be one of {', '.join(FORMATS)}, got {asked!r}")
-    if asked is not None and stored is not None and asked != stored:
-        raise ConfigError(
-            f"{where} holds weights of {stored}, which cannot become {asked}; leave quantize out, or load the "
-            "checkpoint that it was made from"
-        )
-    return asked or stored

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +22,6 @@ from torch import Tensor
 
 from openllama.errors import InputError
 
-Quantization: TypeAlias = Literal["int8", "int4"]
 GROUP = 32  # numbers of an int4 row that share a scale
 BLOCK = 2**17  # numbers that are rounded at a time: what is computed of them stays in a cache
 
@@ -32,6 +30,7 @@ BLOCK = 2**17  # numbers that are rounded at a time: what is computed of them st
 class Format:
     """How one kind of rounded matrix is stored."""
 
+    bits: int  # of a number, without its share of a scale
     low: int  # the integers
     high: int
     weight_dtype: torch.dtype
@@ -46,10 +45,24 @@ class Format:
         return (rows, groups * GROUP // 2), (rows, groups)
 
 
-FORMATS: dict[str, Format] = {
-    "int8": Format(-127, 127, torch.int8, torch.float32, (127,)),
-    "int4": Format(-8, 7, torch.uint8, torch.bfloat16, (-8, -8.5, -7.5, -7, 7, 7.5, -9)),
+FORMATS: dict[str, Format] = {  # by the names of ``config.QUANTIZATIONS``
+    "int8": Format(8, -127, 127, torch.int8, torch.float32, (127,)),
+    "int4": Format(4, -8, 7, torch.uint8, torch.bfloat16, (-8, -8.5, -7.5, -7, 7, 7.5, -9)),
 }
+
+
+def check_quantization(asked: object, stored: str | None = None, where: object = "the model") -> None:
+    """Raise ``InputError`` unless weights can be rounded to ``asked``.
+
+    What is ``stored`` as integers, in ``where``, is not rounded again: that would lose more than rounding once.
+    """
+    if asked not in list(FORMATS):
+        raise InputError(f"the quantisation must be one of {', '.join(FORMATS)}, got {asked!r}")
+    if stored is not None:
+        raise InputError(
+            f"{where} is quantised to {stored} already, and is not rounded again; for {asked}, take what it was made "
+            "from"
+        )
 
 
 def round_matrix(weight: Tensor, quantization: str) -> tuple[Tensor, Tensor]:
