@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import platform
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from suite.report import processor
 from torch import Tensor, nn
 
 from openllama import OpenLlamaConfig, OpenLlamaForCausalLM, OpenLlamaTokenizer
@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--random-tokens", type=int, default=64)
     options = parser.parse_args()
-    print(f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"{processor()}; torch {torch.__version__}, {torch.get_num_threads()} threads")
     found = []
     for text in options.text:
         windows = held_out_windows(options.model, text, options.tokens)
