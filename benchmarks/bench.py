@@ -16,7 +16,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,10 @@ from suite.bars import BATCH, DECODE, LONG, PREFILL, SHORT, bars
 from suite.engines import ENGINES, FAST, PACKAGES, Engine, interpreter, problem
 from suite.models import SHAPES, Files
 from suite.plots import draw_bars, draw_roofline
-from suite.report import limits, machine, row, summary, text
-from suite.turns import Worker
+from suite.report import MEASURED, Work, limits, machine, other, row, text
+from suite.turns import LIMIT, Worker
+
+from openllama.checkpoint.folders import write_whole
 
 GENERATING = {"plain": {}, "int4 assistant": {"assistant": "int4"}, "prompt lookup": {"lookup": 5}}
 PHASES = (PREFILL, DECODE, SHORT, LONG, BATCH, "generate", "start")
@@ -34,13 +36,15 @@ PHASES = (PREFILL, DECODE, SHORT, LONG, BATCH, "generate", "start")
 
 def main() -> int:
     options = parsed()
-    results = Run(options).results()
+    run = Run(options)
+    run.measure()
+    results = run.results()
     print(text(results))
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     for draw, path in ((draw_bars, options.plot), (draw_roofline, options.roofline)):
-        if path:
+        if path and results["limits"]:
             draw(results, path)
+        elif path:
+            print(f"{path} is not drawn: nothing was measured beside the limits of the machine", file=sys.stderr)
     return 0
 
 
@@ -56,11 +60,15 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "openllama-bench", help="the models")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every engine (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="turns that count (default: %(default)s)")
-    parser.add_argument("--context", type=int, default=512, help="tokens of the prompt (default: %(default)s)")
+    parser.add_argument(
+        "--context", type=int, default=512,
+        help="tokens of the prompt; short contexts and those of several rows are a quarter, long ones 4 times as long "
+        "(default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--tokens", type=int, default=8, help="tokens of a turn of decoding (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="rows of the phase with several (default: %(default)s)")
     parser.add_argument("--one-at-a-time", action="store_true", help="hold one engine in memory; V1 does so always")
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--json", type=Path, help="write all figures to this file, anew after each phase")
     parser.add_argument("--plot", type=Path, help="draw all figures (PNG; needs the extra plot)")
     parser.add_argument("--roofline", type=Path, help="draw the limits and how near ours is to them (PNG)")
     options = parser.parse_args()
@@ -75,6 +83,9 @@ def parsed() -> argparse.Namespace:
     ]
     if not options.chosen:
         parser.error(f"--engines {options.engines}: there are {', '.join(ENGINES)}")
+    for path in filter(None, (options.json, options.plot, options.roofline)):
+        if not path.absolute().parent.is_dir():
+            parser.error(f"{path} cannot be written: there is no folder {path.absolute().parent}")
     if (options.plot or options.roofline) and importlib.util.find_spec("matplotlib") is None:
         parser.error('pictures need matplotlib: pip install "openllama[plot]"')
     return options
@@ -86,29 +97,43 @@ class Run:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.shape = options, SHAPES[options.shape]
         self.files = Files(self.shape, options.work)
+        self.alone = options.one_at_a_time or options.shape == "V1"  # one engine in memory
+        self.finished = False
         self.status: dict[str, dict[str, Any]] = {}
         self.found: list[tuple[str, dict[str, list[dict[str, Any]]]]] = []  # a phase, and the answers of each engine
+        self.others: dict[str, dict[str, Any]] = {}
         context, tokens = options.context, options.tokens
-        self.work: dict[str, tuple[str, str, dict[str, int]]] = {  # by phase: its title, the command and its arguments
-            PREFILL: (f"prefill {context}", "prefill", {"tokens": context}),
-            DECODE: (f"decode at {context}", "decode", {"context": context, "tokens": tokens}),
-            SHORT: (f"decode at {context // 4}", "decode", {"context": context // 4, "tokens": tokens}),
-            LONG: (f"decode at {4 * context}", "decode", {"context": 4 * context, "tokens": tokens}),
-            BATCH: (f"decode {options.batch} rows at {context}", "decode",
-                    {"context": context, "tokens": tokens, "batch": options.batch}),
+        self.work = {
+            PREFILL: Work(f"prefill {context}", "prefill", {"tokens": context}),
+            DECODE: Work(f"decode at {context}", "decode", {"context": context, "tokens": tokens}),
+            SHORT: Work(f"decode at {context // 4}", "decode", {"context": context // 4, "tokens": tokens}),
+            LONG: Work(f"decode at {4 * context}", "decode", {"context": 4 * context, "tokens": tokens}),
+            BATCH: Work(f"decode {options.batch} rows at {context // 4}", "decode",
+                        {"context": context // 4, "tokens": tokens, "batch": options.batch}),
         }  # fmt: skip
 
-    def results(self) -> dict[str, Any]:
+    def measure(self) -> None:
+        """All phases. What is known is written after each, so that the end of a long run loses nothing."""
         ready = self.prepare()
-        alone = self.options.one_at_a_time or self.options.shape == "V1"
-        others: dict[str, dict[str, Any]] = {}
-        for group in [[engine] for engine in ready] if alone else [list(ready)]:
-            others |= self.measure({engine: ready[engine] for engine in group})
+        for group in [[engine] for engine in ready] if self.alone else [list(ready)]:
+            self.measure_together({engine: ready[engine] for engine in group})
+            self.save()
         if "start" in self.options.phases:
-            others |= self.start(ready)
+            self.start(ready)
+        self.finished = True
+        self.save()
+
+    def save(self) -> None:
+        """Write the JSON file that was asked for; there is always a whole one."""
+        if self.options.json:
+            write_whole(self.options.json, json.dumps(self.results(), indent=1) + "\n")
+
+    def results(self) -> dict[str, Any]:
+        """What is known so far; ``finished`` is false until that is all."""
         rates, rows = self.rows()
-        result: dict[str, Any] = {
+        result = {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
+            "finished": self.finished,
             "machine": machine(),
             "threads": self.options.threads,
             "shape": {
@@ -119,11 +144,8 @@ class Run:
             "engines": self.status,
             "limits": rates,
             "rows": rows,
-            "others": others,
+            "others": self.others,
         }
-        if LONG in rates:
-            more = self.shape.cache_bytes(4 * self.options.context - self.options.context // 4)
-            result["cache_seconds"] = more / rates[LONG]["sum"]["rate"]
         return {**result, "bars": bars(result)}
 
     def prepare(self) -> dict[Engine, tuple[Path, Path]]:
@@ -140,36 +162,37 @@ class Run:
                 self.status[engine.name] = {"status": f"{type(error).__name__}: {error}"}
         return ready
 
-    def measure(self, ready: Mapping[Engine, tuple[Path, Path]]) -> dict[str, dict[str, Any]]:
-        """All phases with the engines of ``ready`` in memory; returns what ``generate`` takes."""
+    def measure_together(self, ready: Mapping[Engine, tuple[Path, Path]]) -> None:
+        """All phases with the engines of ``ready`` in memory."""
         workers, limit = {}, turns.limit_worker(self.shape, self.options.threads)
         try:
             for engine, (python, model) in ready.items():
                 command = turns.engine_command(engine, python, model, self.shape, self.options.threads)
                 worker = Worker(command, **turns.engine_environment(engine))
-                self.status[engine.name] = {"status": worker.facts.get("error", "measured"), **worker.facts}
+                self.status[engine.name] = {"status": worker.facts.get("error", MEASURED), **worker.facts}
                 if "error" in worker.facts:
                     worker.close()
                 else:
                     workers[engine.name] = worker
             for phase in (phase for phase in self.work if phase in self.options.phases and workers):
-                _, command, arguments = self.work[phase]
-                self.say(phase)
-                answers = turns.take_turns(workers, limit, self.options.repeats, command, **arguments)
+                work = self.work[phase]
+                self.say(phase, workers)
+                answers = turns.take_turns(workers, limit, self.options.repeats, work.command, **work.arguments)
                 self.found.append((phase, answers))
-            others = self.generate(workers) if "generate" in self.options.phases else {}
+                self.save()
+            if "generate" in self.options.phases:
+                self.generate(workers)
             for name, worker in workers.items():
                 self.status[name]["peak_bytes"] = worker.ask("memory").get("bytes")
-            return others
         finally:
             for worker in (*workers.values(), limit):
                 worker.close()
 
-    def generate(self, workers: Mapping[str, Worker]) -> dict[str, dict[str, Any]]:
+    def generate(self, workers: Mapping[str, Worker]) -> None:
         """The fast model with and without guesses, in turns: seconds of a call, or why there are none."""
         if FAST not in workers:
-            return {}
-        self.say("generate")
+            return
+        self.say("generate", [FAST])
         taken: dict[str, list[dict[str, Any]]] = {name: [] for name in GENERATING}
         size = {"context": self.options.context, "tokens": 4 * self.options.tokens}
         for turn in range(self.options.repeats + 1):
@@ -177,57 +200,40 @@ class Run:
                 answer = workers[FAST].ask("generate", **size, **settings)
                 if turn or "error" in answer:
                     taken[name].append(answer)
-        return {f"generate, {name}": _summed(answers, taken["plain"]) for name, answers in taken.items()}
+        self.others |= {f"generate, {name}": other(answers, taken["plain"]) for name, answers in taken.items()}
 
-    def start(self, ready: Mapping[Engine, tuple[Path, Path]]) -> dict[str, dict[str, Any]]:
+    def start(self, ready: Mapping[Engine, tuple[Path, Path]]) -> None:
+        """Seconds of processes from their start."""
         self.say("start")
-        found: dict[str, dict[str, Any]] = {}
         bf16 = {engine: of for engine, of in ready.items() if engine.precision == "bf16"}
         repeats = self.options.repeats
-        for name, answers in startup.first_tokens(bf16, self.shape, self.options.threads, min(repeats, 3)).items():
-            found[f"first token, {name}"] = _summed(answers)
-            if "error" not in answers[0]:
-                found[f"reading its files once, {name}"] = {"seconds": summary(answer["read"] for answer in answers)}
-        found |= {name: {"seconds": summary(taken)} for name, taken in startup.processes(repeats).items()}
-        try:
-            found |= {f"loops {when}": {"seconds": summary([taken])} for when, taken in startup.builds().items()}
-        except RuntimeError as error:
-            found["loops built now"] = {"error": str(error)}
-        return found
+        taken = startup.first_tokens(bf16, self.shape, self.options.threads, min(repeats, 3))
+        taken |= startup.processes(repeats) | startup.builds()
+        self.others |= {name: other(answers) for name, answers in taken.items()}
 
     def rows(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The limits during each phase, and a row for each engine in it; where one failed, its status says why."""
         rates: dict[str, Any] = {}
         rows = []
         for phase, answers in self.found:
-            title, command, arguments = self.work[phase]
-            rates[phase] = limit = limits(self.shape, answers["limit"])
-            for name in (name for name in answers if name != "limit"):
-                if "error" in answers[name][0]:
-                    self.status[name]["status"] = f"{title}: {answers[name][0]['error']}"
-                    continue
-                of = row(self.shape, ENGINES[name], command, arguments, answers[name], limit)
-                precision = ENGINES[name].precision
-                tokens = arguments["tokens"] if command == "prefill" else 1
-                operations = self.shape.operations(tokens, arguments.get("batch", 1), arguments.get("context", 0))
-                rows.append({
-                    **of, "phase_key": phase, "phase_name": title, "operations": operations,
-                    "weight_bytes": self.shape.weight_bytes(precision),
-                })  # fmt: skip
+            work, limit = self.work[phase], None
+            failed = {name: of[0]["error"] for name, of in answers.items() if "error" in of[0]}
+            for name, error in failed.items():
+                of = self.status.setdefault(name, {"status": MEASURED})
+                if of["status"] == MEASURED:  # the first error says most
+                    of["status"] = f"{work.title}: {error}"
+            if LIMIT not in failed:
+                rates[phase] = limit = limits(self.shape, answers[LIMIT])
+            for name in (name for name in answers if name != LIMIT and name not in failed):
+                rows.append(row(self.shape, ENGINES[name], phase, work, answers[name], limit))
         return rates, rows
 
-    def say(self, phase: str) -> None:
-        print(f"{datetime.datetime.now():%H:%M:%S} {phase}", file=sys.stderr, flush=True)
-
-
-def _summed(answers: list[dict[str, Any]], plain: list[dict[str, Any]] | None = None) -> dict[str, Any]:
-    """Seconds; and whether the ids are those of ``plain``."""
-    if "error" in answers[0]:
-        return {"error": answers[0]["error"]}
-    found: dict[str, Any] = {"seconds": summary(second for answer in answers for second in answer["seconds"])}
-    if plain is not None:
-        found["same_ids"] = all(answer["ids"] == plain[0].get("ids") for answer in answers)
-    return found
+    def say(self, phase: str, engines: Iterable[str] = ()) -> None:
+        """Say on the standard error which phase begins, and of which engine where they do not take turns."""
+        chosen = [name for name in PHASES if name in self.options.phases]
+        what = [self.work[phase].title if phase in self.work else phase, *(engines if self.alone else ())]
+        at = f"{datetime.datetime.now():%H:%M:%S} phase {chosen.index(phase) + 1} of {len(chosen)}"
+        print(f"{at}: {', '.join(what)}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

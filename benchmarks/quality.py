@@ -4,8 +4,10 @@
 
 One table is of the model in checkpoints/ on the held-out tenth of each text (that of scripts/train_tiny.py), another,
 with --random, of random weights in the shape of aerner/lm-v2 on random ids. Q8_0 and Q4_0 are rounded and restored by
-the package gguf, and computed by this package, as all rows: in float32, but for those named otherwise. KL is the mean
-of KL(float32 || row) over all predicted tokens, in nats; "same token" how often both find the same token most likely.
+the package gguf, and computed by this package, as all rows: in float32, or in bfloat16 where a row says so. "fast" is
+decoding by the loops, token by token; norms and cache are bfloat16 there, what is computed between them float32. KL is
+the mean of KL(float32 || row) over all predicted tokens, in nats; "same" is how often both find the same token most
+likely.
 """
 
 from __future__ import annotations
@@ -13,14 +15,15 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import platform
 import sys
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from suite.report import processor
 from torch import Tensor, nn
 
 from openllama import OpenLlamaConfig, OpenLlamaForCausalLM, OpenLlamaTokenizer
@@ -75,6 +78,7 @@ def replaced(restored: Callable[[Tensor], Tensor]) -> Variant:
 
 def token_by_token(model: OpenLlamaForCausalLM) -> Callable[[Tensor], CausalLMOutput]:
     """The logits of fast decoding, which computes each token in a pass of its own."""
+    warnings.filterwarnings("error", "decoding is not fast")  # else a row would be of another model than its name says
     quick = fast(model.bfloat16())
 
     def call(ids: Tensor) -> CausalLMOutput:
@@ -90,36 +94,53 @@ VARIANTS: dict[str, Variant] = {
     "bfloat16, fast": token_by_token,
     "int8": lambda model: quantize(model, "int8"),
     "int8 in bfloat16": lambda model: quantize(model, "int8").bfloat16(),
-    "int8, fast": lambda model: token_by_token(quantize(model, "int8")),
+    "int8 in bfloat16, fast": lambda model: token_by_token(quantize(model, "int8")),
     "Q8_0": lambda model: replaced(by_gguf("Q8_0"))(model),
     "int4": lambda model: quantize(model, "int4"),
     "int4 in bfloat16": lambda model: quantize(model, "int4").bfloat16(),
-    "int4, fast": lambda model: token_by_token(quantize(model, "int4")),
+    "int4 in bfloat16, fast": lambda model: token_by_token(quantize(model, "int4")),
     "int4, nearest": replaced(nearest_int4),
     "Q4_0": lambda model: replaced(by_gguf("Q4_0"))(model),
 }
 
 
 @torch.inference_mode()
-def table(model: OpenLlamaForCausalLM, windows: Tensor) -> Iterator[str]:
-    """A line of Markdown for each variant of a float32 model on windows (N, T) of ids."""
+def figures(model: OpenLlamaForCausalLM, windows: Tensor) -> dict[str, dict[str, str]]:
+    """By row of the table, what is found of a float32 model and its variants on windows (N, T) of ids."""
     targets = windows[:, 1:].flatten()
-    expected = _log_probabilities(model, windows)
-    yield "| weights | perplexity | KL, nats | same token, % | mean error of logits |\n| --- |" + " ---: |" * 4
-    yield f"| float32 | {_perplexity(expected, targets):.3f} | 0 | 100 | 0 |"
-    reference = torch.cat([model(window[None]).logits[0, :-1] for window in windows])
+    reference = _logits(model, windows)
+    expected = reference.log_softmax(-1)
+    found = {"float32": _figures(0, 1, 0, _perplexity(expected, targets))}
     for name, variant in VARIANTS.items():
-        changed = variant(copy.deepcopy(model))
-        logits = torch.cat([changed(window[None]).logits[0, :-1].float() for window in windows])
-        found = logits.log_softmax(-1)
-        kl = (expected.exp() * (expected - found)).sum(-1).mean()
-        same = (expected.argmax(-1) == found.argmax(-1)).float().mean()
+        print(name, file=sys.stderr, flush=True)
+        logits = _logits(variant(copy.deepcopy(model)), windows)
+        changed = logits.log_softmax(-1)
+        kl = (expected.exp() * (expected - changed)).sum(-1).mean()
+        same = (expected.argmax(-1) == changed.argmax(-1)).float().mean()
         error = (logits - reference).abs().mean()
-        yield f"| {name} | {_perplexity(found, targets):.3f} | {kl:.6f} | {100 * same:.2f} | {error:.4f} |"
+        found[name] = _figures(float(kl), float(same), float(error), _perplexity(changed, targets))
+    return found
 
 
-def _log_probabilities(model: OpenLlamaForCausalLM, windows: Tensor) -> Tensor:
-    return torch.cat([model(window[None]).logits[0, :-1].log_softmax(-1) for window in windows])
+def table(columns: Sequence[str], found: Sequence[tuple[str, Mapping[str, Mapping[str, str]]]]) -> Iterator[str]:
+    """Lines of Markdown: a row for each variant, and for each text the ``columns`` of its ``figures``."""
+    titles = [f"{text}: {columns[0]} | {' | '.join(columns[1:])}" for text, _ in found]
+    yield f"| weights | {' | '.join(titles)} |"
+    yield "| --- |" + " ---: |" * len(columns) * len(found)
+    for name in ("float32", *VARIANTS):
+        yield " | ".join([f"| {name}", *(of[name][column] for _, of in found for column in columns)]) + " |"
+
+
+def _logits(model: Callable[..., CausalLMOutput], windows: Tensor) -> Tensor:
+    """In float32, (N * (T - 1), V): those that predict a token of the windows."""
+    return torch.cat([model(window[None]).logits[0, :-1].float() for window in windows])
+
+
+def _figures(kl: float, same: float, error: float, perplexity: float) -> dict[str, str]:
+    return {
+        "perplexity": f"{perplexity:.3f}", "KL": f"{kl:.6f}" if kl else "0", "same, %": f"{100 * same:.2f}",
+        "error of logits": f"{error:.4f}" if error else "0",
+    }  # fmt: skip
 
 
 def _perplexity(log_probabilities: Tensor, targets: Tensor) -> float:
@@ -147,12 +168,15 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--random-tokens", type=int, default=64)
     options = parser.parse_args()
-    print(f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"{processor()}; torch {torch.__version__}, {torch.get_num_threads()} threads")
+    found = []
     for text in options.text:
         windows = held_out_windows(options.model, text, options.tokens)
-        print(f"\n{options.model.name}, {windows.numel():,} held-out tokens of {text.name}\n")
         model = OpenLlamaForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-        print(*table(model, windows), sep="\n", flush=True)
+        found.append((f"{text.stem}, {windows.numel():,} tokens", figures(model, windows)))
+    if found:
+        print(f"\n{options.model.name} on held-out text\n")
+        print(*table(("perplexity", "KL", "same, %"), found), sep="\n", flush=True)
     if not options.text:
         print("no --text was given: nothing is said about the trained model")
     if options.random:
@@ -165,8 +189,9 @@ def main() -> None:
             num_attention_heads=options.hidden_size // 64,
         )
         model = OpenLlamaForCausalLM(config).eval()
-        print(f"\nrandom weights, {model.num_parameters():,} parameters, {options.random_tokens} random tokens\n")
-        print(*table(model, torch.randint(4, config.vocab_size, (1, options.random_tokens))), sep="\n", flush=True)
+        ids = torch.randint(4, config.vocab_size, (1, options.random_tokens))
+        title = f"{model.num_parameters():,} random weights, {options.random_tokens} random tokens"
+        print("", *table(("KL", "same, %", "error of logits"), [(title, figures(model, ids))]), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ from openllama.generation.config import GENERATION_CONFIG_FILE, GenerationConfig
 from openllama.model import Inputs, StableEmbedding
 from openllama.quantized import QuantizedEmbedding
 from openllama.quantized import quantize as make_quantized
-from openllama.quantized.modules import QuantizedMatrix, check_quantization
+from openllama.quantized.modules import QuantizedMatrix
+from openllama.quantized.rounding import check_quantization
 from openllama.surgery import check_resizable, check_special_ids, own_head, resize_vocabulary
 
 Model = TypeVar("Model", bound="PretrainedModel")
@@ -274,14 +275,19 @@ class PretrainedModel(nn.Module):
         with torch.device("cpu"):  # files are read there, whatever torch's default device is
             checkpoint = open_checkpoint(folder, config, **config_overrides)
             _check_format(checkpoint, use_safetensors)
-            quantization = check_quantization(quantize, checkpoint.config.quantization, checkpoint.path)
+            stored = checkpoint.config.quantization
+            if quantize not in (None, stored):
+                check_quantization(quantize, stored, checkpoint.path)
+            quantization = quantize or stored
             with without_numbers():
                 model = cls(dataclasses.replace(checkpoint.config, quantization=None))
             model.set_attn_implementation(attn_implementation)
             weights = select(checkpoint.tensors, checkpoint.config, model._head)
+            if device.type == "meta":
+                weights = _unread(weights)
             if quantization is not None:
                 make_quantized(model.to(dtype or weights.dtype), quantization)
-                weights = quantized_weights(weights, quantize if checkpoint.config.quantization is None else None)
+                weights = quantized_weights(weights, quantize if stored is None else None)
         model.load_state_dict(model._state(weights, dtype or weights.dtype, device), strict=True, assign=True)
         model.tie_weights()
         model.set_attn_implementation(attn_implementation)  # again, now that the device is known
@@ -385,6 +391,14 @@ class PretrainedModel(nn.Module):
             shape = (self.config.num_labels, self.config.hidden_size)
             state[SCORE] = torch.empty(shape, dtype=dtype, device=device).normal_(std=self.config.initializer_range)
         return state if self.base_model is not self else {k.removeprefix(PREFIX): t for k, t in state.items()}
+
+
+def _unread(weights: Weights) -> Weights:
+    """The same on the meta device: shapes and types, of which no number is read."""
+    tensors = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in weights.tensors.items()
+    }
+    return dataclasses.replace(weights, tensors=tensors)
 
 
 def _one_device(device: Device | None, device_map: DeviceMap | None) -> torch.device:

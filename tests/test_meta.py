@@ -178,3 +178,14 @@ def test_a_gguf_file_keeps_meta_s_order_of_rows(tmp_path: Path, files: int) -> N
     found = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "x.gguf").tensors}
     for kind in "qk":
         assert (found[f"blk.0.attn_{kind}.weight"] == tensors[f"layers.0.attention.w{kind}.weight"].numpy()).all()
+
+
+def test_on_the_meta_device_no_number_of_the_parts_is_read(tmp_path, monkeypatch):
+    write(tmp_path / "meta", weights(), files=2)
+    expected = OpenLlamaForCausalLM.from_pretrained(tmp_path / "meta")
+    monkeypatch.setattr(Assembled, "__getitem__", lambda self, rows: pytest.fail("numbers are read"))
+    model = OpenLlamaForCausalLM.from_pretrained(tmp_path / "meta", device="meta")
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+    assert {name: of.shape for name, of in model.state_dict().items()} == {
+        name: of.shape for name, of in expected.state_dict().items()
+    }

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from openllama import OpenLlamaForCausalLM, OpenLlamaForSequenceClassification, OpenLlamaModel, OpenLlamaTokenizer
 from openllama.checkpoint import convert, diff, inspect, open_checkpoint, verify
 from openllama.checkpoint import quantize as rounding_while_reading
+from openllama.checkpoint.pieces import pieces
 from openllama.config import QUANTIZATIONS
 from openllama.errors import CheckpointError, ConfigError, InputError, KeyMismatchError, heard
 from openllama.parallel import load
 from openllama.quantized import QuantizedEmbedding, QuantizedLinear, QuantizedSharedHead, quantize, rounding
-from openllama.quantized.modules import BITS, QuantizedMatrix
+from openllama.quantized.modules import QuantizedMatrix
 from openllama.quantized.rounding import FORMATS, GROUP, restore_matrix, round_matrix
 from tests.draw import examples
 from tests.tiny import tiny_ids, tiny_model
@@ -123,8 +124,9 @@ def test_least_squares_rounds_normal_numbers_better_than_the_nearest_scale() -> 
 def test_nan_and_infinity_are_refused(quantization: str, value: float) -> None:
     matrix = torch.ones(3, 40)
     matrix[1, 35] = value
-    with pytest.raises(InputError, match="NaN or infinity"):
-        round_matrix(matrix, quantization)
+    for refuses in (lambda: round_matrix(matrix, quantization), lambda: rounding.check_finite(matrix)):
+        with pytest.raises(InputError, match="NaN or infinity"):
+            refuses()
 
 
 @both
@@ -136,7 +138,16 @@ def test_blocks_of_rows_do_not_change_the_result(quantization: str, monkeypatch:
 
 
 def test_the_config_names_the_formats() -> None:
-    assert list(QUANTIZATIONS) == list(FORMATS) == list(BITS.values())
+    assert list(QUANTIZATIONS) == list(FORMATS)
+
+
+@both
+def test_a_module_keeps_the_name_of_its_format(quantization: str) -> None:
+    model = quantize(tiny_model(), quantization)
+    modules = [module for module in model.modules() if isinstance(module, QuantizedMatrix)]
+    assert {(module.quantization, FORMATS[quantization].bits) for module in modules} == {
+        (quantization, modules[0].bits)
+    }
 
 
 # ---- modules
@@ -144,8 +155,7 @@ def test_the_config_names_the_formats() -> None:
 
 def linear(quantization: str, rows: int = 23, columns: int = 70) -> tuple[QuantizedLinear, Tensor]:
     module = nn.Linear(columns, rows, bias=False)
-    bits = {name: bits for bits, name in BITS.items()}[quantization]
-    return QuantizedLinear.of(module, bits), restored(module.weight.detach(), quantization)
+    return QuantizedLinear.of(module, FORMATS[quantization].bits), restored(module.weight.detach(), quantization)
 
 
 @both
@@ -389,10 +399,6 @@ def test_loading_takes_little_more_memory_than_the_result(quantization: str, tmp
 
 def test_a_folder_of_another_quantisation_is_refused_with_the_way_out(tmp_path: Path) -> None:
     quantize(tiny_model(), "int8").save_pretrained(tmp_path / "int8")
-    with pytest.raises(ConfigError, match=r"holds weights of int8, which cannot become int4; .*made from"):
-        OpenLlamaForCausalLM.from_pretrained(tmp_path / "int8", quantize="int4")
-    with pytest.raises(InputError, match="one of int8, int4, got 'int2'"):
-        OpenLlamaForCausalLM.from_pretrained(tmp_path / "int8", quantize="int2")
     for options in ({"to": "hf"}, {"to": "llama"}, {"to": "gguf"}, {"dtype": "bfloat16"}, {"quantize": "int8"}):
         with pytest.raises(InputError, match=r"quantised to int8.* made from"):
             convert(tmp_path / "int8", tmp_path / "x.gguf", progress=False, **options)
@@ -402,6 +408,29 @@ def test_a_folder_of_another_quantisation_is_refused_with_the_way_out(tmp_path: 
         model.save_pretrained(tmp_path / "hf", layout="hf")
     with pytest.raises(InputError, match="not split over processes"):
         load(OpenLlamaForCausalLM, tmp_path / "int8", lambda model: None)
+
+
+def test_every_way_to_quantise_refuses_an_unknown_format_and_what_is_quantised_already_with_the_same_words(
+    tmp_path: Path,
+) -> None:
+    folder, model = tmp_path / "int8", quantize(tiny_model(), "int8")
+    model.save_pretrained(folder)
+    ways: dict[object, Any] = {
+        "the model": lambda asked: quantize(model, asked),
+        folder: lambda asked: OpenLlamaForCausalLM.from_pretrained(folder, quantize=asked),
+        str(folder): lambda asked: convert(folder, tmp_path / "new", quantize=asked, progress=False),
+    }
+    for where, way in ways.items():
+        with pytest.raises(InputError) as unknown:
+            way("int2")
+        assert str(unknown.value) == "the quantisation must be one of int8, int4, got 'int2'"
+        with pytest.raises(InputError) as again:
+            way("int4")
+        assert str(again.value) == (
+            f"{where} is quantised to int8 already, and is not rounded again; for int4, take what it was made from"
+        )
+    with pytest.raises(InputError, match="one of int8, int4, got 'int2'"):  # before anything is fetched or opened
+        convert(tmp_path / "none", tmp_path / "new", quantize="int2")
 
 
 def test_checkpoints_that_are_stored_in_other_ways_are_not_compared(tmp_path: Path) -> None:
@@ -469,8 +498,9 @@ def test_changes_of_the_vocabulary_and_of_modules_are_refused() -> None:
             change()
     with pytest.raises(InputError, match="quantised to int8 already"):
         quantize(model, "int4")
-    with pytest.raises(InputError, match="one of int8, int4, got 8"):
-        quantize(tiny_model(), 8)  # type: ignore[arg-type]
+    for wrong in (8, None, ["int8"]):
+        with pytest.raises(InputError, match="one of int8, int4, got "):
+            quantize(tiny_model(), wrong)  # type: ignore[arg-type]
 
 
 def test_foreign_modules_are_refused_before_anything_is_changed() -> None:
@@ -483,6 +513,29 @@ def test_foreign_modules_are_refused_before_anything_is_changed() -> None:
     model.enable_input_require_grads()
     with pytest.raises(InputError, match="has hooks"):
         quantize(model, "int8")
+
+
+@both
+@pytest.mark.parametrize("broken", ["bias", "NaN"])
+def test_a_matrix_that_cannot_be_rounded_leaves_the_model_as_it_was(
+    broken: str, quantization: str, tmp_path: Path
+) -> None:
+    model = tiny_model()
+    expected, state = model(tiny_ids()).logits, {name: of.clone() for name, of in model.state_dict().items()}
+    last = model.model.layers[1].mlp.down_proj
+    if broken == "bias":
+        last.bias = nn.Parameter(torch.zeros(24))
+    else:
+        last.weight.data[3, 3] = torch.nan
+    with pytest.raises(InputError, match=rf"model\.layers\.1\.mlp\.down_proj.* {broken}"):
+        quantize(model, quantization)
+    assert not any(isinstance(module, QuantizedMatrix) for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    last.bias = None
+    model.load_state_dict(state)
+    assert torch.equal(model(tiny_ids()).logits, expected)
+    model.save_pretrained(tmp_path)
+    quantize(model, quantization)
 
 
 def test_lora_beside_quantised_weights_is_trained_and_cannot_be_merged() -> None:
@@ -522,3 +575,71 @@ def test_a_matrix_is_read_once_and_in_pieces(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(rounding_while_reading, "_round", lambda name, *rest: (seen.append(name), of(name, *rest))[1])
     OpenLlamaForCausalLM.from_pretrained(tmp_path, quantize="int8")
     assert len(seen) == len(set(seen)) == 15
+
+
+EVEN = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128}  # scales follow their weights in the file
+
+
+@both
+@pytest.mark.parametrize("shard_size", [None, "5 KiB"])
+def test_a_conversion_rounds_every_number_once_and_keeps_the_scales_of_one_matrix(
+    quantization: str, shard_size: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model(**EVEN).save_pretrained(tmp_path / "plain")
+    rounded: dict[str, int] = {}
+    kept: list[int] = []
+    of, weight = rounding_while_reading._round, rounding_while_reading._Weight
+
+    def counted(name: str, rows: Tensor, *rest: Any) -> Any:
+        rounded[name] = rounded.get(name, 0) + rows.numel()
+        return of(name, rows, *rest)
+
+    class Watched(weight):
+        def pieces(self, read: Any) -> Any:
+            yield from super().pieces(read)
+            kept.append(len(self.latest))
+
+    monkeypatch.setattr(rounding_while_reading, "_round", counted)
+    monkeypatch.setattr(rounding_while_reading, "_Weight", Watched)
+    monkeypatch.setattr("openllama.checkpoint.pieces.PIECE", 1000)
+    with pytest.warns(UserWarning, match="no tokenizer"):
+        convert(tmp_path / "plain", tmp_path / "new", quantize=quantization, max_shard_size=shard_size, progress=False)
+    source = open_checkpoint(tmp_path / "plain").tensors
+    assert rounded == {name: tensor.numel() for name, tensor in source.items() if name in rounded}
+    assert kept == [1] * 15
+    tensors = open_checkpoint(tmp_path / "new").tensors
+    for name in rounded:
+        expected = round_matrix(source[name], quantization)
+        assert all(map(torch.equal, (tensors[name], tensors[f"{name.removesuffix('weight')}scale"]), expected))
+
+
+def test_scales_that_are_not_read_after_their_weight_are_computed_anew() -> None:
+    latest: dict[str, list[Tensor]] = {}
+    matrices = {f"model.layers.{n}.mlp.up_proj.weight": torch.randn(20, 40) for n in range(2)}
+    tensors: dict[str, Any] = {}
+    for name, matrix in matrices.items():
+        tensors |= rounding_while_reading._computed(name, matrix, "int4", latest)
+    read = {name: torch.cat(list(pieces(tensors[name]))) for name in sorted(tensors, reverse=True)}
+    half_read = pieces(tensors[next(iter(matrices))])
+    next(half_read)
+    for name, matrix in matrices.items():
+        scale = name.replace("weight", "scale")
+        assert all(map(torch.equal, (read[name], read[scale]), round_matrix(matrix, "int4")))
+        assert torch.equal(torch.cat(list(pieces(tensors[scale]))), read[scale])
+
+
+@both
+@heads
+def test_on_the_meta_device_a_quantised_model_has_its_shapes_and_no_number_is_read(
+    quantization: str, head: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model(**head).save_pretrained(tmp_path)
+    expected = OpenLlamaForCausalLM.from_pretrained(tmp_path, quantize=quantization)
+    monkeypatch.setattr(rounding, "_blocks", lambda weight: pytest.fail("numbers are read"))
+    model = OpenLlamaForCausalLM.from_pretrained(tmp_path, quantize=quantization, device="meta")
+    assert model.config == expected.config
+    found = model.state_dict()
+    assert all(tensor.is_meta for tensor in found.values())
+    assert {name: (of.shape, of.dtype) for name, of in found.items()} == {
+        name: (of.shape, of.dtype) for name, of in expected.state_dict().items()
+    }

@@ -10,6 +10,7 @@ from .engines import ENGINES, FAST, HF_431, REFERENCE
 OURS = {precision: f"openllama fast {precision}" for precision in ("bf16", "int8", "int4")}
 DECODE, LONG, SHORT, BATCH, PREFILL = "decode", "decode, long", "decode, short", "decode, batch", "prefill"
 Value = Callable[[], float | None]
+Line = tuple[str, str, float | None, float | None, Value]  # what, sense, must, research, the measured value
 
 
 class Missing(Exception):
@@ -31,6 +32,20 @@ class Figures:
     def seconds(self, engine: str, phase: str) -> float:
         return self.row(engine, phase)["seconds"]["median"]
 
+    def reading(self, engine: str, phase: str, than: str) -> float:
+        """Seconds that the machine needs to read what the cache of ``phase`` has more than that of ``than``."""
+        row, other = self.row(engine, phase), self.row(engine, than)
+        if row["bytes_per_second"] is None:
+            raise Missing("limit")
+        return (row["cache_bytes"] - other["cache_bytes"]) / row["bytes_per_second"]
+
+    def gain(self, engine: str, rows: int) -> float:
+        """Tokens per second with so many rows, beside one row with the same context."""
+        many, one = self.row(engine, BATCH), self.row(engine, SHORT)
+        if many["rows"] != rows:
+            raise Missing(f"{rows} rows")
+        return many["tokens_per_second"] / one["tokens_per_second"]
+
     def best_peer(self, precision: str, phase: str) -> float:
         """Seconds of the fastest peer with weights of that precision."""
         peers = (name for name, of in ENGINES.items() if of.precision == precision and not of.ours)
@@ -45,10 +60,17 @@ class Figures:
             raise Missing(name)
         return found["seconds"]["median"]
 
+    def same_ids(self, name: str) -> float:
+        """1 where a call made the ids of the plain one, else 0."""
+        found = self.results["others"].get(name, {})
+        if "same_ids" not in found:
+            raise Missing(name)
+        return float(found["same_ids"])
+
 
 def bars(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """``reached`` is "research", "must" (also where there is no higher goal), "no" or "not measured"."""
-    return [_bar(*line) for line in _lines(Figures(results), results)]
+    return [_bar(*line) for line in _lines(Figures(results))]
 
 
 def _bar(what: str, sense: str, must: float | None, research: float | None, value: Value) -> dict[str, Any]:
@@ -71,54 +93,62 @@ def _reached(measured: float | None, sense: str, must: float | None, research: f
     return "no"
 
 
-def _lines(of: Figures, results: Mapping[str, Any]) -> Iterator[tuple[str, str, float | None, float | None, Value]]:
+def _lines(of: Figures) -> Iterator[Line]:
+    yield from _decode(of)
+    yield from _prefill(of)
+    yield from _contexts(of)
+    yield from _starts(of)
+
+
+def _decode(of: Figures) -> Iterator[Line]:
     for precision, must, research in (("bf16", 0.80, 0.92), ("int8", 0.70, 0.85)):
         yield (
             f"decode {precision}: share of the limit", ">=", must, research,
             lambda precision=precision: of.row(OURS[precision], DECODE)["of_limit"],
         )  # fmt: skip
-    for phase, precision, must, research in (
-        (DECODE, "bf16", 1, None), (DECODE, "int8", 1, 1.3), (DECODE, "int4", 0.8, 1),
-        (PREFILL, "bf16", 1.1, None), (PREFILL, "int8", 1, None), (PREFILL, "int4", 1, None),
-    ):  # fmt: skip
-        yield (
-            f"{phase} {precision}: speed beside the best {precision} peer", ">=", must, research,
-            lambda kind=precision, phase=phase: of.best_peer(kind, phase) / of.seconds(OURS[kind], phase),
-        )  # fmt: skip
-    yield "prefill bf16: share of the limit", ">=", None, 0.8, lambda: of.row(OURS["bf16"], PREFILL)["of_limit"]
-    for phase, precision, base, must, research in (
-        (DECODE, "int4", "int8", 1, None), (PREFILL, "int8", "bf16", 1.5, 1.8), (PREFILL, "int4", "bf16", 0.85, None),
-    ):  # fmt: skip
-        yield (
-            f"{phase} {precision}: speed beside our {base}", ">=", must, research,
-            lambda phase=phase, precision=precision, base=base: (
-                of.seconds(OURS[base], phase) / of.seconds(OURS[precision], phase)
-            ),
-        )  # fmt: skip
+    for precision, must, research in (("bf16", 1, None), ("int8", 1, 1.3), ("int4", 0.8, 1)):
+        yield _beside_peers(of, DECODE, precision, must, research)
+    yield _beside_ours(of, DECODE, "int4", "int8", 1, None)
     yield (
         "decode bf16: speed beside transformers 4.31.0", ">=", 25, 35,
         lambda: of.seconds(HF_431, DECODE) / of.seconds(FAST, DECODE),
     )  # fmt: skip
+
+
+def _prefill(of: Figures) -> Iterator[Line]:
+    for precision, must in (("bf16", 1.1), ("int8", 1), ("int4", 1)):
+        yield _beside_peers(of, PREFILL, precision, must, None)
+    yield "prefill bf16: share of the limit", ">=", None, 0.8, lambda: of.row(OURS["bf16"], PREFILL)["of_limit"]
+    yield _beside_ours(of, PREFILL, "int8", "bf16", 1.5, 1.8)
+    yield _beside_ours(of, PREFILL, "int4", "bf16", 0.85, None)
+
+
+def _contexts(of: Figures) -> Iterator[Line]:
+    # Several rows have one of two goals: the products may not allow five times the speed.
+    yield "decode bf16, 8 rows: tokens/s beside one row", ">=", 5, 7, lambda: of.gain(FAST, 8)
     yield (
-        "decode bf16, batch: tokens/s beside one row", ">=", 5, 7,
-        lambda: of.row(FAST, BATCH)["tokens_per_second"] / of.row(FAST, DECODE)["tokens_per_second"],
+        "decode bf16, rows: share of the limit, where 5 times one row is not reached", ">=", 0.8, None,
+        lambda: of.row(FAST, BATCH)["of_limit"],
     )  # fmt: skip
-    yield "decode bf16, batch: share of the limit", ">=", 1, None, lambda: of.row(FAST, BATCH)["of_limit"]
     yield (
         "decode bf16, long context: time beside short and reading the cache", "<=", 1.05, None,
-        lambda: of.seconds(FAST, LONG) / (of.seconds(FAST, SHORT) + results["cache_seconds"]),
-    )  # fmt: skip
-    yield (
-        "process start to first token, bf16: times reading the file once", "<=", 1.5, 1.2,
-        lambda: min(
-            of.other(f"first token, {name}") / of.other(f"reading its files once, {name}") for name in (FAST, REFERENCE)
-        ),
+        lambda: of.seconds(FAST, LONG) / (of.seconds(FAST, SHORT) + of.reading(FAST, LONG, SHORT)),
     )  # fmt: skip
     for name in ("int4 assistant", "prompt lookup"):
         yield (
             f"{name}: speed beside plain", ">=", 0.95, 1.3,
             lambda name=name: of.other("generate, plain") / of.other(f"generate, {name}"),
         )  # fmt: skip
+        yield f"{name}: ids are those of plain", ">=", 1, None, lambda name=name: of.same_ids(f"generate, {name}")
+
+
+def _starts(of: Figures) -> Iterator[Line]:
+    yield (
+        "process start to first token, bf16: times reading the file once", "<=", 1.5, 1.2,
+        lambda: min(
+            of.other(f"first token, {name}") / of.other(f"reading its files once, {name}") for name in (FAST, REFERENCE)
+        ),
+    )  # fmt: skip
     yield "wait for compilation, first time, s", "<=", 60, 30, lambda: of.other("loops built now")
     yield "wait for compilation, cached, s", "<=", 3, 1, lambda: of.other("loops built before")
     yield (
@@ -128,4 +158,18 @@ def _lines(of: Figures, results: Mapping[str, Any]) -> Iterator[tuple[str, str, 
     yield (
         "first token of openllama generate, tiny model, beyond import torch, s", "<=", 1, 0.4,
         lambda: of.other("openllama generate, tiny model, one token") - of.other("import torch"),
+    )  # fmt: skip
+
+
+def _beside_peers(of: Figures, phase: str, precision: str, must: float, research: float | None) -> Line:
+    return (
+        f"{phase} {precision}: speed beside the best {precision} peer", ">=", must, research,
+        lambda: of.best_peer(precision, phase) / of.seconds(OURS[precision], phase),
+    )  # fmt: skip
+
+
+def _beside_ours(of: Figures, phase: str, precision: str, base: str, must: float, research: float | None) -> Line:
+    return (
+        f"{phase} {precision}: speed beside our {base}", ">=", must, research,
+        lambda: of.seconds(OURS[base], phase) / of.seconds(OURS[precision], phase),
     )  # fmt: skip

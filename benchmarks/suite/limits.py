@@ -6,18 +6,11 @@ python limits.py --bytes N --size K --threads T
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from serving import Command, serve  # beside this file
-
-
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+from serving import Command, seconds, serve  # beside this file
 
 
 def main() -> None:

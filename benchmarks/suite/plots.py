@@ -29,7 +29,7 @@ def draw_bars(results: Mapping[str, Any], path: Path) -> None:
         axis.barh(
             places, [1000 * _seconds(row) for row in rows], color=[OURS if row["ours"] else PEERS for row in rows]
         )
-        for place, row in enumerate(rows):
+        for place, row in ((place, row) for place, row in enumerate(rows) if row["limit_seconds"] is not None):
             axis.plot([1000 * row["limit_seconds"]] * 2, [place - 0.45, place + 0.45], color=LIMIT, linewidth=2)
         axis.set_yticks(places, [row["engine"] for row in rows], fontsize=8)
         axis.set_title(f"{phase}: ms, shorter is better; red: the limit", fontsize=9, loc="left")
@@ -38,7 +38,7 @@ def draw_bars(results: Mapping[str, Any], path: Path) -> None:
 
 
 def draw_roofline(results: Mapping[str, Any], path: Path) -> None:
-    """Operations a second over operations per byte of weights; ours filled, the best peer hollow."""
+    """Operations a second over operations per byte of weights and cache; ours filled, the best peer hollow."""
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7.5, 5))
@@ -50,12 +50,13 @@ def draw_roofline(results: Mapping[str, Any], path: Path) -> None:
         roof = [min(x * limit["sum"]["rate"], top) for x in intensity]
         axis.plot(intensity, roof, style, color="black", linewidth=1, label=f"limit, products of {kind}")
     for row in _points(results):
+        read = row["weight_bytes"] + row["cache_bytes"]
         axis.plot(
-            row["operations"] / row["weight_bytes"], row["operations"] / _seconds(row), MARKS[row["phase_key"]],
+            row["operations"] / read, row["operations"] / _seconds(row), MARKS[row["phase_key"]],
             color=COLOURS[row["precision"]], fillstyle="full" if row["ours"] else "none", markersize=8,
             label=f"{row['engine']}, {row['phase_name']}",
         )  # fmt: skip
-    axis.set(xscale="log", yscale="log", xlabel="operations per byte of weights", ylabel="operations per second")
+    axis.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="operations per second")
     axis.grid(True, which="major", linewidth=0.3)
     axis.legend(fontsize=6, loc="lower right")
     figure.suptitle(_caption(results), fontsize=8)

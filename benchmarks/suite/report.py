@@ -6,6 +6,7 @@ import os
 import platform
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,45 @@ from .engines import Engine
 from .models import Shape
 from .turns import limit_rates
 
+MEASURED = "measured"  # the status of an engine without errors
+
 
 def summary(seconds: Iterable[float]) -> dict[str, float]:
     taken = list(seconds)
     return {"median": statistics.median(taken), "min": min(taken), "max": max(taken), "count": len(taken)}
+
+
+def other(answers: Sequence[Mapping[str, Any]], plain: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """Seconds of answers outside of phases, or the first error; and whether the ids are those of ``plain``."""
+    if errors := [answer["error"] for answer in answers if "error" in answer]:
+        return {"error": errors[0]}
+    found: dict[str, Any] = {"seconds": summary(second for answer in answers for second in answer["seconds"])}
+    if plain and all("ids" in answer for answer in plain):
+        found["same_ids"] = all(answer["ids"] == plain[0]["ids"] for answer in answers)
+    return found
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a phase asks of every engine."""
+
+    title: str
+    command: str  # "prefill" or "decode"
+    arguments: dict[str, int]
+
+    @property
+    def rows(self) -> int:
+        return self.arguments.get("batch", 1)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a row in one pass."""
+        return self.arguments["tokens"] if self.command == "prefill" else 1
+
+    @property
+    def past(self) -> int:
+        """Tokens of a row that were computed before."""
+        return self.arguments.get("context", 0)
 
 
 def limits(shape: Shape, answers: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -28,39 +64,49 @@ def limits(shape: Shape, answers: Sequence[Mapping[str, Any]]) -> dict[str, dict
     return {name: {"seconds": taken, "rate": rates[name]} for name, taken in found.items()}
 
 
-def limit_seconds(
-    shape: Shape, precision: str, rates: Mapping[str, float], tokens: int, rows: int, past: int
-) -> tuple[float, str]:
-    """The least time of a pass of ``rows`` x ``tokens`` tokens after ``past`` others, and what bounds it.
+def cache_bytes(shape: Shape, work: Work) -> int:
+    """Bytes of the keys and values that a pass reads."""
+    return work.rows * shape.cache_bytes(work.past)
 
-    "memory": every weight is read once. "products": at the rate of bfloat16, or for narrower weights at that of int8
-    where it is higher.
+
+def limit_seconds(shape: Shape, precision: str, rates: Mapping[str, float], work: Work) -> tuple[float, str]:
+    """The least time of a pass of ``work``, and what bounds it.
+
+    "memory": every weight is read once, and the keys and values of earlier tokens. "products": at the rate of
+    bfloat16, or for narrower weights at that of int8 where it is higher.
     """
-    memory = shape.weight_bytes(precision) / rates["sum"]
+    memory = (shape.weight_bytes(precision) + cache_bytes(shape, work)) / rates["sum"]
     rate = rates["bf16"] if precision == "bf16" else max(rates["bf16"], rates["int8"])
-    products = shape.operations(tokens, rows, past) / rate
+    products = shape.operations(work.tokens, work.rows, work.past) / rate
     return max((memory, "memory"), (products, "products"))
 
 
 def row(
-    shape: Shape, engine: Engine, phase: str, work: Mapping[str, int], answers: Sequence[Mapping[str, Any]],
-    limit: Mapping[str, Mapping[str, Any]],
+    shape: Shape, engine: Engine, phase: str, work: Work, answers: Sequence[Mapping[str, Any]],
+    limit: Mapping[str, Mapping[str, Any]] | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """A line of the table. ``work``: the arguments of the command."""
+    """A line of the table; None where it compares with a ``limit`` that was not measured."""
     taken = summary(second for answer in answers for second in answer["seconds"])
-    rows, tokens, past = work.get("batch", 1), work["tokens"] if phase == "prefill" else 1, work.get("context", 0)
-    rates = {name: of["rate"] for name, of in limit.items()}
-    least, bound = limit_seconds(shape, engine.precision, rates, tokens, rows, past)
+    least = bound = None
+    if limit is not None:
+        least, bound = limit_seconds(shape, engine.precision, {name: of["rate"] for name, of in limit.items()}, work)
     return {
         "engine": engine.name,
         "precision": engine.precision,
         "ours": engine.ours,
-        "phase": phase,
+        "phase": work.command,
+        "phase_key": phase,
+        "phase_name": work.title,
         "seconds": taken,
-        "tokens_per_second": rows * tokens / taken["median"],
+        "tokens_per_second": work.rows * work.tokens / taken["median"],
+        "operations": shape.operations(work.tokens, work.rows, work.past),
+        "rows": work.rows,
+        "weight_bytes": shape.weight_bytes(engine.precision),
+        "cache_bytes": cache_bytes(shape, work),
+        "bytes_per_second": None if limit is None else limit["sum"]["rate"],  # that the machine reads
         "limit_seconds": least,
         "bound": bound,
-        "of_limit": least / taken["median"],
+        "of_limit": None if least is None else least / taken["median"],
     }
 
 
@@ -97,12 +143,12 @@ def text(results: Mapping[str, Any]) -> str:
     lines = [
         f"{shape['name']}: {shape['parameters'] / 1e6:.0f} M parameters. {made['processor']}; {results['threads']} "
         f"threads, {made['cores']} cores; torch {made['torch']}; {results['date']}",
-        "Medians [least, most]; limit: of reading the weights once, or of the products where they take longer.",
+        "Medians [least, most]; limit: of reading weights and cache once, or of the products where they take longer.",
     ]
     for phase in dict.fromkeys(row["phase_name"] for row in results["rows"]):
         lines += ["", *_phase(results, phase)]
     lines += ["", *_limits(results["limits"]), "", *_others(results), "", *_bars(results["bars"]), ""]
-    missing = {name: status for name, status in results["engines"].items() if status["status"] != "measured"}
+    missing = {name: status for name, status in results["engines"].items() if status["status"] != MEASURED}
     lines += ["| not measured | why |", "| --- | --- |"]
     lines += [f"| {name} | {status['status']} |" for name, status in missing.items()]
     return "\n".join(lines)
@@ -113,10 +159,10 @@ def _phase(results: Mapping[str, Any], phase: str) -> list[str]:
         f"| {phase} | ms | tokens/s | limit, ms | of the limit | bound by |", "| --- | --- | ---: | ---: | ---: | --- |"
     ]  # fmt: skip
     for of in sorted((r for r in results["rows"] if r["phase_name"] == phase), key=lambda r: r["seconds"]["median"]):
-        lines.append(
-            f"| {of['engine']} | {_milliseconds(of['seconds'])} | {of['tokens_per_second']:.1f} "
-            f"| {1000 * of['limit_seconds']:.2f} | {of['of_limit']:.2f} | {of['bound']} |"
-        )
+        limit = "- | - | -"
+        if of["limit_seconds"] is not None:
+            limit = f"{1000 * of['limit_seconds']:.2f} | {of['of_limit']:.2f} | {of['bound']}"
+        lines.append(f"| {of['engine']} | {_milliseconds(of['seconds'])} | {of['tokens_per_second']:.1f} | {limit} |")
     return lines
 
 
@@ -136,7 +182,8 @@ def _others(results: Mapping[str, Any]) -> list[str]:
     lines = ["| other | s |", "| --- | --- |"]
     for name, taken in results["others"].items():
         if "seconds" in taken:
-            lines.append("| {} | {median:.3f} [{min:.3f}, {max:.3f}] |".format(name, **taken["seconds"]))
+            ids = {True: ", the ids of plain", False: ", OTHER IDS than plain", None: ""}[taken.get("same_ids")]
+            lines.append("| {}{} | {median:.3f} [{min:.3f}, {max:.3f}] |".format(name, ids, **taken["seconds"]))
         else:
             lines.append(f"| {name} | {taken['error']} |")
     return lines

@@ -51,6 +51,12 @@ def serve(load: Callable[[], tuple[dict[str, Command], dict[str, Any]]]) -> None
         reply(lambda operation=operation, command=command: operation(**command))
 
 
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
 def peak_memory() -> dict[str, Any]:
     """The largest resident memory so far, in bytes; mapped files count."""
     unit = 1 if sys.platform == "darwin" else 1024

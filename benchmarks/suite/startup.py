@@ -15,6 +15,7 @@ from .engines import ROOT, Engine
 from .models import TINY, Shape
 from .turns import Worker, engine_command, engine_environment
 
+Answer = dict[str, Any]  # as of a worker: "seconds", or an "error"
 BUILD = (
     "import time, torch; start = time.perf_counter(); from openllama.inference import compiler, structs, threshold; "
     "compiler.library(); threshold.most_rows(structs.KINDS[torch.bfloat16], torch.bfloat16, torch.get_num_threads()); "
@@ -24,16 +25,16 @@ BUILD = (
 
 def first_tokens(
     engines: Mapping[Engine, tuple[Path, Path]], shape: Shape, threads: int, repeats: int
-) -> dict[str, list[dict[str, Any]]]:
+) -> dict[str, list[Answer]]:
     """Seconds from the start of a process to the first token after 8, and of reading the same files once, in turns.
 
     ``engines``: each with its interpreter and its model. The first turn brings the files into the page cache.
     """
-    found: dict[str, list[dict[str, Any]]] = {engine.name: [] for engine in engines}
+    found: dict[str, list[Answer]] = {}
+    failed = set()
     for turn in range(repeats + 1):
         for engine, (python, model) in engines.items():
-            answers = found[engine.name]
-            if answers and "error" in answers[-1]:
+            if engine in failed:
                 continue
             read = _read(model)
             worker = Worker(
@@ -41,9 +42,11 @@ def first_tokens(
             )
             worker.close()
             if "error" in worker.facts:
-                found[engine.name] = [worker.facts]
+                found[f"first token, {engine.name}"] = [worker.facts]
+                failed.add(engine)
             elif turn:
-                answers.append({"seconds": [worker.ready_seconds], "read": read})
+                found.setdefault(f"first token, {engine.name}", []).append({"seconds": [worker.ready_seconds]})
+                found.setdefault(f"reading its files once, {engine.name}", []).append({"seconds": [read]})
     return found
 
 
@@ -58,7 +61,7 @@ def _read(path: Path) -> float:
     return time.perf_counter() - start
 
 
-def processes(repeats: int) -> dict[str, list[float]]:
+def processes(repeats: int) -> dict[str, list[Answer]]:
     """Seconds of whole processes, in turns: two imports, and a first token by the command line."""
     commands: dict[str, list[str]] = {
         "import torch": ["-c", "import torch"],
@@ -67,25 +70,31 @@ def processes(repeats: int) -> dict[str, list[float]]:
             "-m", "openllama", "generate", str(TINY), "--prompt", "ROMEO:", "--max-new-tokens", "1",
         ],
     }  # fmt: skip
-    found: dict[str, list[float]] = {name: [] for name in commands}
+    found: dict[str, list[Answer]] = {name: [] for name in commands}
     for turn in range(repeats + 1):
         for name, command in commands.items():
             start = time.perf_counter()
-            _run(command)
-            if turn:
-                found[name].append(time.perf_counter() - start)
+            answer = _run(command)
+            if turn or "error" in answer:
+                found[name].append(answer if "error" in answer else {"seconds": [time.perf_counter() - start]})
     return found
 
 
-def builds() -> dict[str, float]:
+def builds() -> dict[str, list[Answer]]:
     """Seconds until the compiled loops are ready, where they must be built and where they have been."""
+    found: dict[str, list[Answer]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        return {when: float(_run(["-c", BUILD], OPENLLAMA_CACHE=folder)) for when in ("built now", "built before")}
+        for when in ("loops built now", "loops built before"):
+            answer = _run(["-c", BUILD], OPENLLAMA_CACHE=folder)
+            found[when] = [answer if "error" in answer else {"seconds": [float(answer["printed"])]}]
+    return found
 
 
-def _run(command: Sequence[str], **environment: str) -> str:
+def _run(command: Sequence[str], **environment: str) -> Answer:
+    """What a process ``printed``, or its ``error``."""
     everything = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, env=everything)
     if done.returncode:
-        raise RuntimeError(f"{command} failed: {done.stderr.strip().splitlines()[-1]}")
-    return done.stdout
+        said = done.stderr.strip().splitlines() or ["no message"]
+        return {"error": f"the process ended with exit code {done.returncode}: {said[-1]}"}
+    return {"printed": done.stdout}

@@ -19,6 +19,7 @@ from .models import Shape
 HERE = Path(__file__).parent
 LARGEST_SUM = 2 * 10**9  # bytes; no cache holds a tenth of it
 LARGEST_PRODUCT = 4096
+LIMIT = "limit"  # stands for the machine itself where engines have their names
 
 
 class Worker:
@@ -85,13 +86,13 @@ def limit_rates(shape: Shape, seconds: Mapping[str, float]) -> dict[str, float]:
 def take_turns(
     workers: Mapping[str, Worker], limit: Worker, repeats: int, operation: str, **arguments: Any
 ) -> dict[str, list[dict[str, Any]]]:
-    """Answers of every worker, and of the limit as "limit", by turns; the first turn warms up and does not count.
+    """Answers of every worker, and of the limit as ``LIMIT``, by turns; the first turn warms up and does not count.
 
     A worker that fails is not asked again: its one answer holds the error.
     """
-    answers: dict[str, list[dict[str, Any]]] = {name: [] for name in (*workers, "limit")}
+    answers: dict[str, list[dict[str, Any]]] = {name: [] for name in (*workers, LIMIT)}
     for turn in range(repeats + 1):
-        for name, worker in (*workers.items(), ("limit", limit)):
+        for name, worker in (*workers.items(), (LIMIT, limit)):
             if answers[name] and "error" in answers[name][-1]:
                 continue
             answer = limit.ask("measure") if worker is limit else worker.ask(operation, **arguments)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-from serving import Command, serve  # beside this file
+from serving import Command, seconds, serve  # beside this file, with nothing but Python's own
 
 Ids = list[list[int]]  # one list a row, all of one length
 ROOM = 128  # tokens that a prompt is continued by before it is computed anew
@@ -77,12 +77,6 @@ class Timed:
         return self.engine.generate(ids + ids[: context // 4], tokens, **settings)  # type: ignore[attr-defined]
 
 
-def seconds(work: Any) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 # --- this package ---
 
 
@@ -128,10 +122,13 @@ class FastOpenLlama(OpenLlama):
 
 
 def fast_model(folder: str, precision: str) -> Any:
-    """``precision``: weights are rounded to it while they are read."""
+    """``precision``: weights are rounded to it while they are read. Where it would not be fast, that is an error."""
+    import warnings
+
     from openllama import OpenLlamaForCausalLM
     from openllama.inference import fast
 
+    warnings.filterwarnings("error", "decoding is not fast")  # also later: a pass looks at the model anew
     settings = {} if precision == "bf16" else {"quantize": precision}
     return fast(OpenLlamaForCausalLM.from_pretrained(folder, **settings))
 

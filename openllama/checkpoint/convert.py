@@ -16,7 +16,7 @@ from openllama.checkpoint.gguf import Q8_0, write_gguf
 from openllama.checkpoint.hub import fetch, local_path
 from openllama.checkpoint.names import Weights, dtype_name, floating_dtype, is_buffer, select, without
 from openllama.checkpoint.progress import ShownProgress
-from openllama.checkpoint.quantize import check_unquantized, quantized_export
+from openllama.checkpoint.quantize import quantized_export
 from openllama.checkpoint.reader import Checkpoint, open_checkpoint
 from openllama.checkpoint.record import Record, SourceSums
 from openllama.checkpoint.reports import (
@@ -30,6 +30,7 @@ from openllama.checkpoint.source import SourceFiles
 from openllama.checkpoint.writer import OURS, SHARD_SIZE, Resume, parse_size, write_weights
 from openllama.config import CONFIG_FILE, OpenLlamaConfig
 from openllama.errors import InputError, heard
+from openllama.quantized.rounding import check_quantization
 from openllama.tokenizer.files import ALL_FILES as TOKENIZER_FILES
 
 RESUME_FILE = "verified.json"  # beside the folder that is written
@@ -87,7 +88,8 @@ def convert(
         source = open_checkpoint(src, config)
         chosen = without(source.tensors, ignore)
         weights = select(chosen, source.config)
-        check_unquantized(source.config, quantize)
+        if quantize is not None:
+            check_quantization(quantize, source.config.quantization, source.path)
         check_stored(source.config, to, dtype)
         if to == "gguf":
             return write_gguf(source, weights, dst, dtype=dtype, overwrite=overwrite, progress=progress)
@@ -109,9 +111,11 @@ def _check_form(
     to: str, dtype: torch.dtype | str | None, quantize: str | None, max_shard_size: int | str | None
 ) -> None:
     """Raise ``InputError`` for an unknown form, and for what its files cannot have."""
-    if quantize is not None and to != "native":
-        hint = f"; for llama.cpp, dtype {Q8_0}" if to == "gguf" else ""
-        raise InputError(f"quantize (--quantize) is for native alone, not for {to}{hint}")
+    if quantize is not None:
+        check_quantization(quantize)
+        if to != "native":
+            hint = f"; for llama.cpp, dtype {Q8_0}" if to == "gguf" else ""
+            raise InputError(f"quantize (--quantize) is for native alone, not for {to}{hint}")
     if dtype == Q8_0 and to != "gguf":
         raise InputError(f"dtype {Q8_0} is for gguf alone, not for {to}")
     if to not in (*FORMS, "gguf"):

@@ -20,6 +20,7 @@ from openllama.checkpoint.gather import Spread
 PIECE = 2**21  # numbers in a piece: 8 MiB in float32, which a cache holds
 T = TypeVar("T")
 Tick = Callable[[int], object]  # called with the number of bytes done
+Read = Callable[[Tensor], Tensor]  # gives the numbers of a part of a tensor
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,10 @@ class Computed:
     def of(self, piece: Tensor) -> Tensor:
         return (piece if self.function is None else self.function(piece)).to(self.dtype)
 
+    def pieces(self, read: Read) -> Iterator[Tensor]:
+        """What becomes of each piece of the source, which ``read`` gives."""
+        return (self.of(piece).contiguous() for piece in pieces(self.source, read))
+
 
 Source: TypeAlias = "Tensor | Computed"
 
@@ -61,16 +66,16 @@ def as_dtype(source: Source, dtype: torch.dtype) -> Source:
     return replace(source, dtype=dtype) if isinstance(source, Computed) else Computed(source, dtype)
 
 
-def pieces(source: Source, read: Callable[[Tensor], Tensor] = lambda part: part) -> Iterator[Tensor]:
+def pieces(source: Source, read: Read = lambda part: part) -> Iterator[Tensor]:
     """Consecutive parts of at most ``PIECE`` numbers, on the CPU and contiguous; whole rows where a row is smaller.
 
     ``read`` gives the numbers of a part of the source.
     """
-    computed = source if isinstance(source, Computed) else None
-    whole = source.source if isinstance(source, Computed) else source
-    for part in _parts(whole.gather() if isinstance(whole, Spread) else whole):
-        piece = read(part.detach()).to("cpu")
-        yield (piece if computed is None else computed.of(piece)).contiguous()
+    if isinstance(source, Computed):
+        yield from source.pieces(read)
+    else:
+        for part in _parts(source.gather() if isinstance(source, Spread) else source):
+            yield read(part.detach()).to("cpu").contiguous()
 
 
 def ahead(items: Iterator[T], count: int = 2) -> Iterator[T]:

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from openllama.errors import ConfigError, InputError
+from openllama.errors import InputError
 from openllama.model import SharedHead
 from openllama.products import BLOCK, MANY, bfloat16_is_slow, int8_is_slow
-from openllama.quantized.rounding import FORMATS, restore_matrix, round_matrix
+from openllama.quantized.rounding import FORMATS, check_finite, check_quantization, restore_matrix, round_matrix
 
 Model = TypeVar("Model", bound=nn.Module)
-BITS = {8: "int8", 4: "int4"}
+BITS = {form.bits: name for name, form in FORMATS.items()}
 #: the matrices of each layer, in the order in which they are used
 IN_LAYER = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj",
             "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
@@ -39,8 +39,8 @@ class QuantizedMatrix(nn.Module):
         super().__init__()
         if bits not in BITS:
             raise InputError(f"bits must be 8 or 4, got {bits!r}")
-        self.bits, self.columns = bits, columns
-        form = FORMATS[BITS[bits]]
+        self.bits, self.columns, self.quantization = bits, columns, BITS[bits]
+        form = FORMATS[self.quantization]
         weight, scale = form.shapes(rows, columns)
         self.register_buffer("weight", torch.zeros(weight, dtype=form.weight_dtype, device=device))
         self.register_buffer("scale", torch.zeros(scale, dtype=form.scale_dtype, device=device))
@@ -54,8 +54,7 @@ class QuantizedMatrix(nn.Module):
         return self.restore(self.weight, self.scale, self.columns, dtype)
 
     def _round(self, matrix: Tensor) -> None:
-        if not matrix.is_meta:
-            self.weight, self.scale = round_matrix(matrix, BITS[self.bits])
+        self.weight, self.scale = round_matrix(matrix, self.quantization)
 
     def _product(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., M)."""
@@ -229,7 +228,7 @@ def quantize(model: Model, quantization: str) -> Model:
 
     These are the table of embeddings, those of the layers and ``lm_head``; a shared or tied head uses the rounded
     table. Norms and a classifier's ``score`` stay as they are, and are frozen. Raises ``InputError`` for a model with
-    other modules in these places, or what is no module, before anything is changed, and for NaN and infinity.
+    other modules in these places, for NaN and infinity, and for what is no module, before anything is changed.
     """
     if not isinstance(model, nn.Module):
         raise InputError(
@@ -237,12 +236,13 @@ def quantize(model: Model, quantization: str) -> Model:
             "decodes fast its .model"
         )
     places = _places(model, quantization)
-    bits = next(bits for bits, name in BITS.items() if name == quantization)
+    for name in places:
+        _check_finite(f"{name}.weight", model.get_submodule(name).weight)  # type: ignore[arg-type]
     for name in places:
         parent, _, own = name.rpartition(".")
         module = model.get_submodule(name)
         kind: Any = QuantizedLinear if isinstance(module, nn.Linear) else QuantizedEmbedding
-        setattr(model.get_submodule(parent), own, kind.of(module, bits))
+        setattr(model.get_submodule(parent), own, kind.of(module, FORMATS[quantization].bits))
         del module  # before the next is rounded
     if hasattr(model, "lm_head") and "lm_head" not in places:
         model.lm_head = QuantizedSharedHead(model)  # type: ignore[arg-type]
@@ -254,12 +254,7 @@ def quantize(model: Model, quantization: str) -> Model:
 
 def _places(model: Any, quantization: str) -> list[str]:
     """Names of the modules to quantise; raises ``InputError`` where they are not the model's own."""
-    if quantization not in FORMATS:
-        raise InputError(f"quantization must be one of {', '.join(FORMATS)}, got {quantization!r}")
-    if model.config.quantization is not None:
-        raise InputError(
-            f"the model is quantised to {model.config.quantization} already; quantise what it was made from"
-        )
+    check_quantization(quantization, model.config.quantization)
     config = model.config
     layers = [f"layers.{number}.{part}" for number in range(config.num_hidden_layers) for part in IN_LAYER]
     prefix = "" if model.base_model is model else "model."
@@ -273,18 +268,15 @@ def _places(model: Any, quantization: str) -> list[str]:
                 f"{name} is a {type(module).__name__}, which cannot be quantised; merge or remove adapters first "
                 "(peft: merge_and_unload)"
             )
+        if getattr(module, "bias", None) is not None:
+            raise InputError(f"{name} has a bias and cannot be quantised; the layers of Open-Llama have none")
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
             raise InputError(f"{name} has hooks, which would be lost; remove them, quantise, and register them again")
     return names
 
 
-def check_quantization(asked: str | None, stored: str | None, where: object) -> str | None:
-    """The quantisation of a model that is loaded; ``ConfigError`` where a folder holds another than was asked for."""
-    if asked is not None and asked not in FORMATS:
-        raise InputError(f"quantize must be one of {', '.join(FORMATS)}, got {asked!r}")
-    if asked is not None and stored is not None and asked != stored:
-        raise ConfigError(
-            f"{where} holds weights of {stored}, which cannot become {asked}; leave quantize out, or load the "
-            "checkpoint that it was made from"
-        )
-    return asked or stored
+def _check_finite(name: str, matrix: Tensor) -> None:
+    try:
+        check_finite(matrix)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error

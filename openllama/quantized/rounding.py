@@ -13,8 +13,8 @@ integers reach from -8 to 7, and the largest number may lie at -8, whatever its 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,6 @@ from torch import Tensor
 
 from openllama.errors import InputError
 
-Quantization: TypeAlias = Literal["int8", "int4"]
 GROUP = 32  # numbers of an int4 row that share a scale
 BLOCK = 2**17  # numbers that are rounded at a time: what is computed of them stays in a cache
 
@@ -31,6 +30,7 @@ BLOCK = 2**17  # numbers that are rounded at a time: what is computed of them st
 class Format:
     """How one kind of rounded matrix is stored."""
 
+    bits: int  # of a number, without its share of a scale
     low: int  # the integers
     high: int
     weight_dtype: torch.dtype
@@ -45,10 +45,24 @@ class Format:
         return (rows, groups * GROUP // 2), (rows, groups)
 
 
-FORMATS: dict[str, Format] = {
-    "int8": Format(-127, 127, torch.int8, torch.float32, (127,)),
-    "int4": Format(-8, 7, torch.uint8, torch.bfloat16, (-8, -8.5, -7.5, -7, 7, 7.5, -9)),
+FORMATS: dict[str, Format] = {  # by the names of ``config.QUANTIZATIONS``
+    "int8": Format(8, -127, 127, torch.int8, torch.float32, (127,)),
+    "int4": Format(4, -8, 7, torch.uint8, torch.bfloat16, (-8, -8.5, -7.5, -7, 7, 7.5, -9)),
 }
+
+
+def check_quantization(asked: object, stored: str | None = None, where: object = "the model") -> None:
+    """Raise ``InputError`` unless weights can be rounded to ``asked``.
+
+    What is ``stored`` as integers, in ``where``, is not rounded again: that would lose more than rounding once.
+    """
+    if asked not in list(FORMATS):
+        raise InputError(f"the quantisation must be one of {', '.join(FORMATS)}, got {asked!r}")
+    if stored is not None:
+        raise InputError(
+            f"{where} is quantised to {stored} already, and is not rounded again; for {asked}, take what it was made "
+            "from"
+        )
 
 
 def round_matrix(weight: Tensor, quantization: str) -> tuple[Tensor, Tensor]:
@@ -56,18 +70,36 @@ def round_matrix(weight: Tensor, quantization: str) -> tuple[Tensor, Tensor]:
 
     int8: (M, K) int8 and (M,) float32. int4: (M, G * 16) uint8 and (M, G) bfloat16 for G groups of each row, the last
     filled up with zeros. Byte j of a group holds the integers of its elements j and j + 16, increased by 8, in the low
-    and the high half. Raises ``InputError`` for NaN and infinity.
+    and the high half. On the meta device there are shapes alone. Raises ``InputError`` for NaN and infinity.
     """
     form = FORMATS[quantization]
     shapes = form.shapes(*weight.shape)
     stored = torch.empty(shapes[0], dtype=form.weight_dtype, device=weight.device)
     scales = torch.empty(shapes[1], dtype=form.scale_dtype, device=weight.device)
-    step = max(1, BLOCK // max(1, weight.shape[1]))
-    for start in range(0, len(weight), step):
-        rows = weight[start : start + step].detach().float()
-        part, places = round_rows if quantization == "int8" else round_groups, slice(start, start + step)
+    part = round_rows if quantization == "int8" else round_groups
+    for places, rows in _blocks(weight) if not weight.is_meta else ():
         stored[places], scales[places] = part(rows, form)
     return stored, scales
+
+
+def check_finite(weight: Tensor) -> None:
+    """Raise ``InputError`` for a matrix that ``round_matrix`` refuses; one on the meta device has no numbers."""
+    if not weight.is_meta:
+        for _, rows in _blocks(weight):
+            _check_range(*rows.aminmax())
+
+
+def _blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of rows, and these rows in float32."""
+    step = max(1, BLOCK // max(1, weight.shape[1]))
+    for start in range(0, len(weight), step):
+        places = slice(start, start + step)
+        yield places, weight[places].detach().float()
+
+
+def _check_range(least: Tensor, most: Tensor) -> None:
+    if not (least.isfinite().all() and most.isfinite().all()):
+        raise InputError("a matrix that holds NaN or infinity in float32 cannot be quantised")
 
 
 def round_rows(rows: Tensor, form: Format) -> tuple[Tensor, Tensor]:
@@ -131,8 +163,7 @@ def _sum(w: Tensor) -> Tensor:
 def _peak(w: Tensor, form: Format) -> Tensor:
     """The number of the largest size in each column (1, N); its size where the integers are symmetric."""
     least, most = w.amin(0, keepdim=True), w.amax(0, keepdim=True)
-    if not (least.isfinite().all() and most.isfinite().all()):
-        raise InputError("a matrix that holds NaN or infinity in float32 cannot be quantised")
+    _check_range(least, most)
     size = torch.maximum(most.abs(), least.abs())
     return size if form.low == -form.high else torch.where(most >= -least, size, -size)
 
