@@ -100,6 +100,7 @@ class Run:
         self.alone = options.one_at_a_time or options.shape == "V1"  # one engine in memory
         self.finished = False
         self.status: dict[str, dict[str, Any]] = {}
+        self.product_types: dict[str, str] = {}  # in which the limits of products were computed
         self.found: list[tuple[str, dict[str, list[dict[str, Any]]]]] = []  # a phase, and the answers of each engine
         self.others: dict[str, dict[str, Any]] = {}
         context, tokens = options.context, options.tokens
@@ -143,6 +144,7 @@ class Run:
             },
             "engines": self.status,
             "limits": rates,
+            "product_types": self.product_types,
             "rows": rows,
             "others": self.others,
         }
@@ -165,6 +167,7 @@ class Run:
     def measure_together(self, ready: Mapping[Engine, tuple[Path, Path]]) -> None:
         """All phases with the engines of ``ready`` in memory."""
         workers, limit = {}, turns.limit_worker(self.shape, self.options.threads)
+        self.product_types = limit.facts.get("types", {})
         try:
             for engine, (python, model) in ready.items():
                 command = turns.engine_command(engine, python, model, self.shape, self.options.threads)

@@ -147,7 +147,7 @@ def text(results: Mapping[str, Any]) -> str:
     ]
     for phase in dict.fromkeys(row["phase_name"] for row in results["rows"]):
         lines += ["", *_phase(results, phase)]
-    lines += ["", *_limits(results["limits"]), "", *_others(results), "", *_bars(results["bars"]), ""]
+    lines += ["", *_limits(results), "", *_others(results), "", *_bars(results["bars"]), ""]
     missing = {name: status for name, status in results["engines"].items() if status["status"] != MEASURED}
     lines += ["| not measured | why |", "| --- | --- |"]
     lines += [f"| {name} | {status['status']} |" for name, status in missing.items()]
@@ -170,9 +170,11 @@ def _milliseconds(taken: Mapping[str, float]) -> str:
     return "{median:.2f} [{min:.2f}, {max:.2f}]".format(**{name: 1000 * value for name, value in taken.items()})
 
 
-def _limits(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    lines = ["| limit during | reading, GB/s | products bf16, TFLOP/s | int8, TOP/s |", "| --- | ---: | ---: | ---: |"]
-    for phase, of in found.items():
+def _limits(results: Mapping[str, Any]) -> list[str]:
+    """The rates of each phase, and in which type the products were computed."""
+    bf16, int8 = (f"products {name} (in {results['product_types'].get(name)})" for name in ("bf16", "int8"))
+    lines = [f"| limit during | reading, GB/s | {bf16}, TFLOP/s | {int8}, TOP/s |", "| --- | ---: | ---: | ---: |"]
+    for phase, of in results["limits"].items():
         rates = (of["sum"]["rate"] / 1e9, of["bf16"]["rate"] / 1e12, of["int8"]["rate"] / 1e12)
         lines.append(f"| {phase} | {rates[0]:.1f} | {rates[1]:.3f} | {rates[2]:.3f} |")
     return lines
