@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -310,6 +312,16 @@ def test_each_phase_has_a_context_of_its_own_and_several_rows_a_short_one(run):
         "prefill": 0, "decode": 512, "decode, short": 128, "decode, long": 2048, "decode, batch": 128
     }  # fmt: skip
     assert (work["decode, batch"].title, work["decode, batch"].rows) == ("decode 8 rows at 128", 8)
+
+
+@pytest.mark.parametrize("page", ["docs/performance.md", "benchmarks/README.md"])
+def test_the_choices_that_the_pages_show_can_be_made(run, page):
+    shown = re.findall(r'--engines "?\w[^`]*?(?=`|"\n)', (ROOT / page).read_text(encoding="utf-8"))
+    assert shown
+    for arguments in shown:
+        options = run(*shlex.split(arguments)).options
+        chosen = [engine.name for engine in options.chosen]
+        assert all(any(name in of for of in chosen) for name in options.engines), arguments
 
 
 # --- rows are what they are named ---
