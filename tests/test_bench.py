@@ -153,6 +153,17 @@ def test_a_long_context_may_cost_what_its_cache_takes_to_read_and_a_twentieth():
     assert reached(in_phases(short=short, long=long), start) == (None, "not measured")
 
 
+def test_the_start_of_a_process_is_that_of_the_engines_that_are_there():
+    def taken(name: str, first: float) -> dict[str, Any]:
+        seconds = {f"first token, {name}": first, f"reading its files once, {name}": 2.0}
+        return {what: {"seconds": report.summary([value])} for what, value in seconds.items()}
+
+    fast, plain, start = taken("openllama fast bf16", 2.8), taken("openllama bf16", 2.2), "process start"
+    assert reached({"rows": [], "others": fast}, start) == (1.4, "must")
+    assert reached({"rows": [], "others": fast | plain}, start) == (1.1, "research")
+    assert reached({"rows": [], "others": {}}, start) == (None, "not measured")
+
+
 def test_a_summary_is_the_median_with_the_least_and_the_most():
     taken = [3.0, 1.0, 2.5, 9.0]
     assert report.summary(taken) == {"median": statistics.median(taken), "min": 1.0, "max": 9.0, "count": 4}
