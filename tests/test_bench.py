@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -149,6 +151,17 @@ def test_a_long_context_may_cost_what_its_cache_takes_to_read_and_a_twentieth():
         assert found == (pytest.approx(seconds / (2 + 600 / 100)), expected)
     long = {"seconds": {"median": 8.0}, "cache_bytes": 700, "bytes_per_second": None}
     assert reached(in_phases(short=short, long=long), start) == (None, "not measured")
+
+
+def test_the_start_of_a_process_is_that_of_the_engines_that_are_there():
+    def taken(name: str, first: float) -> dict[str, Any]:
+        seconds = {f"first token, {name}": first, f"reading its files once, {name}": 2.0}
+        return {what: {"seconds": report.summary([value])} for what, value in seconds.items()}
+
+    fast, plain, start = taken("openllama fast bf16", 2.8), taken("openllama bf16", 2.2), "process start"
+    assert reached({"rows": [], "others": fast}, start) == (1.4, "must")
+    assert reached({"rows": [], "others": fast | plain}, start) == (1.1, "research")
+    assert reached({"rows": [], "others": {}}, start) == (None, "not measured")
 
 
 def test_a_summary_is_the_median_with_the_least_and_the_most():
@@ -310,6 +323,16 @@ def test_each_phase_has_a_context_of_its_own_and_several_rows_a_short_one(run):
         "prefill": 0, "decode": 512, "decode, short": 128, "decode, long": 2048, "decode, batch": 128
     }  # fmt: skip
     assert (work["decode, batch"].title, work["decode, batch"].rows) == ("decode 8 rows at 128", 8)
+
+
+@pytest.mark.parametrize("page", ["docs/performance.md", "benchmarks/README.md"])
+def test_the_choices_that_the_pages_show_can_be_made(run, page):
+    shown = re.findall(r'--engines "?\w[^`]*?(?=`|"\n)', (ROOT / page).read_text(encoding="utf-8"))
+    assert shown
+    for arguments in shown:
+        options = run(*shlex.split(arguments)).options
+        chosen = [engine.name for engine in options.chosen]
+        assert all(any(name in of for of in chosen) for name in options.engines), arguments
 
 
 # --- rows are what they are named ---

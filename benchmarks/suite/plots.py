@@ -96,6 +96,9 @@ def main() -> None:
     parser.add_argument("--bars", type=Path)
     parser.add_argument("--roofline", type=Path)
     options = parser.parse_args()
+    import matplotlib
+
+    matplotlib.use("Agg")  # there may be no screen
     results = json.loads(options.results.read_text(encoding="utf-8"))
     for draw, path in ((draw_bars, options.bars), (draw_roofline, options.roofline)):
         if path:
@@ -103,7 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    import matplotlib
-
-    matplotlib.use("Agg")
     main()
