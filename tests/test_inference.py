@@ -498,6 +498,15 @@ def test_what_is_replaced_counts_from_the_next_pass_on(name, way):
     assert not all(map(torch.equal, results[0], unchanged)), "the change is one"
 
 
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+def test_a_model_that_stays_as_it_is_is_read_once(prompt, quantization):
+    model = make_model() if quantization is None else quantize(make_model(), quantization)
+    quick = fast(model)
+    read = quick._loops
+    quick.generate(prompt, max_new_tokens=3)
+    assert quick._loops is read
+
+
 @pytest.mark.parametrize("change", ["in place", "loaded", "float64 and back"])
 def test_weights_that_change_are_the_ones_that_count(prompt, change):
     model, other = make_model(), make_model(7)

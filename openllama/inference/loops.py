@@ -1,4 +1,4 @@
-"""Hands a model's weights to the loops of ``kernels.cpp`` and runs a pass."""
+"""Runs a pass of the loops of ``kernels.cpp``."""
 
 from __future__ import annotations
 
@@ -25,12 +25,11 @@ class Loops:
     def __init__(self, model: OpenLlamaForCausalLM) -> None:
         check_settings(model)
         self._library = library()
+        restore_by_loops(model)  # for prompts, and before the modules are read
         reading = Reading(model)
         self.config, self.have_changed = reading.config, reading.have_changed
         self._model, self._layers = reading.model, reading.layers
         self._work = torch.empty(0, dtype=torch.float32, device="cpu")
-        if model.config.quantization is not None:
-            restore_by_loops(model)  # for prompts
         self._dtype = model.dtype
         self._lock = threading.Lock()
 
