@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from openllama import products
 from openllama.cache import PreallocatedCache
-from openllama.inference import fast
+from openllama.inference import fast, prompts
+from openllama.inference.prompts import multiply, use_loops
 from openllama.model import Inputs
 from openllama.products import MANY, FastProducts, linear
 from openllama.quantized.modules import QuantizedLinear
@@ -79,12 +80,21 @@ def test_a_prompt_of_a_fast_model_is_not_farther_from_float32(slow: bool) -> Non
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_quantised_matrices_multiply_many_rows_as_one_row(bits: int, slow: bool) -> None:
+@pytest.mark.parametrize("by_loops", [False, True])
+def test_quantised_matrices_multiply_many_rows_as_one_row(
+    bits: int, by_loops: bool, slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = QuantizedLinear.of(nn.Linear(256, 64, bias=False), bits)
-    x = torch.randn(MANY + 8, 256).bfloat16()
-    exact = x.float() @ module.dequantize().T
-    error = (module(x).float() - exact).norm(dim=1) / exact.norm(dim=1)
+    calls: list[Tensor] = []
+    monkeypatch.setattr(prompts, "multiply", lambda x, *matrix: calls.append(x) or multiply(x, *matrix))
+    if by_loops:
+        use_loops(module)
+    x = torch.randn(2, MANY, 256).bfloat16()
+    found, exact = module(x), x.float() @ module.dequantize().T
+    assert found.dtype == torch.bfloat16
+    error = (found.float() - exact).norm(dim=-1) / exact.norm(dim=-1)
     assert (error < (0.003 if slow else 0.015)).all()
+    assert len(calls) == (by_loops and slow)
 
 
 def test_the_slow_ways_are_found_by_their_time(monkeypatch: pytest.MonkeyPatch) -> None:

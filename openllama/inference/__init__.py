@@ -10,7 +10,7 @@ decoding     the model that decodes by loops
 loops        runs a pass
 reading      the addresses of the weights, where the loops compute what the model does, and whether they still do
 threshold    up to how many tokens the loops are faster
-restoring    quantised matrices of prompts
+prompts      quantised matrices of prompts
 structs      what the loops are given
 compiler     builds them for this processor
 kernels.cpp  the loops: a pass of a few tokens through the whole model

@@ -58,8 +58,9 @@ def _loaded() -> ctypes.CDLL:
         raise BackendError(
             f"{path} cannot be loaded: {error}; remove it, and the next process builds it again"
         ) from error
-    loops.openllama_product.restype = None
-    loops.openllama_product.argtypes = [ctypes.POINTER(Matrix), *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 2]
+    for product in (loops.openllama_product, loops.openllama_many):
+        product.restype = None
+        product.argtypes = [ctypes.POINTER(Matrix), *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 2]
     loops.openllama_restore.restype = None
     loops.openllama_restore.argtypes = [ctypes.POINTER(Matrix), ctypes.c_void_p, *[ctypes.c_int64] * 2]
     loops.openllama_room.restype = ctypes.c_int64

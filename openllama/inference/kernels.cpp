@@ -1,8 +1,8 @@
 // A pass of a few new tokens through all layers: the formulas of model.py as loops over the weights where they lie.
 //
 // A token needs every weight once, so a pass takes the time of reading them. Each product goes through its matrix once,
-// in order, for all rows of its input. Activations are float32. Inputs of products with integers are rounded to 16 bits;
-// where the processor multiplies pairs of bfloat16, inputs of four rows or more are rounded to bfloat16 for such weights.
+// in order, for all rows of its input. Activations are float32. Inputs of products with integers are rounded to 16 bits,
+// and where the processor multiplies pairs of bfloat16, those of four rows or more with bfloat16 to that type.
 //
 // Shapes: N rows (the new tokens of all sequences), C hidden size, I intermediate size, H heads, D head dim, S keys,
 // V vocabulary. structs.py mirrors the structs. All threads run all functions: `omp for` divides a loop among them.
@@ -68,7 +68,7 @@ inline Ints pairs(Shorts a, Shorts b) {
 }
 #endif
 
-// Floats are multiplied in the longest vectors there are; where they have less than 8 numbers, the compiler splits them.
+// Floats are multiplied in the longest vectors there are; those of less than 8 numbers are the compiler's to split.
 #ifdef __AVX512F__
 typedef float Vector __attribute__((vector_size(64)));
 typedef float VectorAt __attribute__((vector_size(64), aligned(4)));
@@ -246,33 +246,36 @@ void narrow_multiply(const Matrix& m, const float* x, float* y, int64_t n, bool 
 
 // ---- products with int8 and int4 ----
 
-// Rows of x in 16 bits with a scale for each group: x = number * scale.
+// Numbers of 16 bits from -highest to highest, the nearest to x / scale; returns the scale, NaN where x is not finite.
+float round_part(const float* x, int64_t size, float highest, int16_t* numbers) {
+    float largest = 0, check = 0;
+    for (int64_t k = 0; k < size; k++) {
+        float absolute = std::fabs(x[k]);
+        largest = absolute > largest ? absolute : largest;
+        check += x[k] * 0;
+    }
+    float factor = largest > 1e-30f ? highest / largest : 0;  // smaller ones count as zero
+    for (int64_t k = 0; k < size; k++) numbers[k] = int16_t(int(x[k] * factor + (x[k] < 0 ? -.5f : .5f)));
+    return largest / highest + check;
+}
+
+// Rows of x, each group of which has a scale: x = number * scale.
 struct Rounded {
     std::vector<int16_t> numbers;
     std::vector<float> scales, totals;  // of each group: the scale, and the sum of the numbers
 
     Rounded(const float* x, int64_t size) : numbers(size), scales(size / GROUP + 8), totals(size / GROUP + 8) {
         for (int64_t g = 0; g < size / GROUP; g++) {
-            const float* from = x + g * GROUP;
-            float highest = 0, check = 0;
-            for (int k = 0; k < GROUP; k++) {
-                float size = std::fabs(from[k]);
-                highest = size > highest ? size : highest;
-                check += from[k] * 0;  // NaN where x is not finite, and so are the products then
-            }
-            float factor = highest > 1e-30f ? 32767 / highest : 0;  // no number where the quotient would be none
+            scales[g] = round_part(x + g * GROUP, GROUP, 32767, &numbers[g * GROUP]);
             int total = 0;
-            for (int k = 0; k < GROUP; k++) {
-                int number = int(from[k] * factor + (from[k] < 0 ? -.5f : .5f));
-                numbers[g * GROUP + k] = number, total += number;
-            }
-            scales[g] = highest / 32767 + check, totals[g] = total;
+            for (int k = 0; k < GROUP; k++) total += numbers[g * GROUP + k];
+            totals[g] = total;
         }
     }
 };
 
-// y[n][row] = x[n] . m[row], for N rows of x, which start with group `first`. The integers of a group are multiplied and
-// added exactly; eight groups at a time, as their scales are read together.
+// y[n][row] = x[n] . m[row], for N rows of x, which start with group `first`. Integers of a group are multiplied and added
+// exactly; eight groups at a time, as their scales are read together.
 template <class Kind, int N>
 void int_row(const Matrix& m, int64_t row, const Rounded& x, int64_t first, float* y, bool add) {
     int64_t groups = m.columns / GROUP;
@@ -334,6 +337,93 @@ void odd_multiply(const Matrix& m, const float* x, float* y, int64_t n, bool add
     }
 }
 
+// ---- products of many rows with int8 and int4 ----
+
+// Weights are widened to 16 bits, BLOCK rows and SPAN columns at a time, as many as a cache holds; int4 times the scales of
+// their groups, rounded. Each of 8 sums has SPAN / 8 products of at most 2^23, which is what 32 bits hold.
+const int SPAN = 2048, BLOCK = 64;
+const int INT8_INPUT = 32767, INT4_INPUT = 4095, INT4_WEIGHT = 2047;
+
+// Rows of x, each span of which has a scale.
+struct Spans {
+    int64_t columns, count;  // of a row: numbers, and spans
+    std::vector<int16_t> numbers;
+    std::vector<float> scales;
+
+    Spans(int64_t n, int64_t columns)
+        : columns(columns), count((columns + SPAN - 1) / SPAN), numbers(n * columns), scales(n * count) {}
+
+    void round(const float* x, int64_t n, float highest) {
+        #pragma omp for schedule(static)
+        for (int64_t item = 0; item < n * count; item++) {
+            int64_t first = item % count * SPAN, from = item / count * columns + first;
+            scales[item] = round_part(x + from, std::min<int64_t>(SPAN, columns - first), highest, &numbers[from]);
+        }
+    }
+};
+
+// out (size,) = the numbers of a row from column `first` on; returns their scale.
+float widen_part(const Matrix& m, int64_t row, int64_t first, int64_t size, int16_t* out) {
+    if (m.kind == INT8) {
+        const int8_t* data = (const int8_t*)m.data + row * m.columns + first;
+        for (int64_t k = 0; k < size; k++) out[k] = data[k];
+        return ((const float*)m.scale)[row];
+    }
+    int64_t group = (row * m.columns + first) / GROUP;
+    const uint8_t* data = (const uint8_t*)m.data + group * Int4::BYTES;
+    const uint16_t* scales = (const uint16_t*)m.scale + group;
+    float largest = 0;
+    for (int64_t g = 0; g < size / GROUP; g++) largest = std::max(largest, std::fabs(get(scales + g)));
+    float unit = largest * Int4::OFFSET / INT4_WEIGHT, factor = unit > 0 ? 1 / unit : 0;
+    for (int64_t g = 0; g < size / GROUP; g++, data += Int4::BYTES, out += GROUP)
+        for (int j = 0; j < 16; j++) {
+            out[j] = std::lrint(((data[j] & 15) - Int4::OFFSET) * get(scales + g) * factor);
+            out[j + 16] = std::lrint(((data[j] >> 4) - Int4::OFFSET) * get(scales + g) * factor);
+        }
+    return unit;
+}
+
+// y[n][r] += x[n] . w[r] over a span, for two rows of weights and N of x, which are `x.columns` apart, y `apart`.
+template <int N>
+void many_tile(const int16_t* w, const float* w_scales, const Spans& x, int64_t row, int64_t span, int64_t size,
+               float* y, int64_t apart) {
+    const int16_t* numbers = &x.numbers[row * x.columns + span * SPAN];
+    Ints sums[2][N] = {};
+    for (int64_t k = 0; k < size; k += 16) {
+        Shorts first = *(const ShortsAt*)(w + k), second = *(const ShortsAt*)(w + SPAN + k);
+        for (int n = 0; n < N; n++) {
+            Shorts part = *(const ShortsAt*)(numbers + n * x.columns + k);
+            sums[0][n] += pairs(first, part), sums[1][n] += pairs(second, part);
+        }
+    }
+    for (int n = 0; n < N; n++)
+        for (int r = 0; r < 2; r++) {
+            float scale = w_scales[r] * x.scales[(row + n) * x.count + span];
+            y[n * apart + r] += sum(__builtin_convertvector(sums[r][n], Floats)) * scale;
+        }
+}
+
+// y (N, rows) = x (N, columns) @ m.T, for whole groups and an even number of rows
+void many_multiply(const Matrix& m, const Spans& x, float* y, int64_t n) {
+    std::vector<int16_t> w(BLOCK * SPAN);
+    float scales[BLOCK];
+    #pragma omp for schedule(static)
+    for (int64_t row = 0; row < m.rows; row += BLOCK) {
+        int64_t rows = std::min<int64_t>(BLOCK, m.rows - row);
+        for (int64_t i = 0; i < n; i++) std::fill_n(y + i * m.rows + row, rows, 0.f);
+        for (int64_t span = 0; span < x.count; span++) {
+            int64_t size = std::min<int64_t>(SPAN, m.columns - span * SPAN);
+            for (int64_t r = 0; r < rows; r++) scales[r] = widen_part(m, row + r, span * SPAN, size, &w[r * SPAN]);
+            for (int64_t i = 0, step; i < n; i += step) {
+                step = i + 6 <= n ? 6 : 1;  // 12 sums, in registers
+                auto tile = step == 6 ? many_tile<6> : many_tile<1>;
+                for (int64_t r = 0; r < rows; r += 2)
+                    tile(&w[r * SPAN], scales + r, x, i, span, size, y + i * m.rows + row + r, m.rows);
+            }
+        }
+    }
+}
+
 // y (N, rows) = x (N, columns) @ m.T, added to what is there if `add`. The caller waits.
 void product(const Matrix& m, const float* x, float* y, int64_t n, bool add = false) {
     if (m.kind == FLOAT32) multiply<float>(m, x, y, n, add);
@@ -368,7 +458,7 @@ struct Pass {
     int64_t batch, length, past, room;  // N = batch * length new tokens after `past` cached ones; room of the cache
     int64_t keep;                       // logits of the last `keep` tokens of each sequence
     int64_t threads;
-    const float *cos, *sin;             // (N, D), as rope.cos_sin makes them: both halves, the first half of sin negative
+    const float *cos, *sin;             // (N, D), as rope.cos_sin makes them: both halves, the first of sin negative
     const uint8_t* mask;                // (B, past + length), 0 for padding; or null
     float* x;                           // (N, C): embeddings in, hidden states after the final norm out
     float* logits;                      // (B, keep, V)
@@ -522,6 +612,16 @@ void openllama_restore(const Matrix* matrix, void* out, int64_t kind, int64_t th
     {
         if (kind == FLOAT32) restore(*matrix, (float*)out);
         else restore(*matrix, (uint16_t*)out);
+    }
+}
+
+// y (N, rows) = x (N, columns) @ matrix.T, for N of dozens, whole groups and an even number of rows
+void openllama_many(const Matrix* matrix, const float* x, float* y, int64_t n, int64_t threads) {
+    Spans spans(n, matrix->columns);
+    #pragma omp parallel num_threads(threads)
+    {
+        spans.round(x, n, matrix->kind == INT8 ? INT8_INPUT : INT4_INPUT);
+        many_multiply(*matrix, spans, y, n);
     }
 }
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from openllama.cache import PreallocatedCache
 from openllama.inference.compiler import library
+from openllama.inference.prompts import use_loops
 from openllama.inference.reading import Reading, check_settings
-from openllama.inference.restoring import restore_by_loops
 from openllama.inference.structs import KINDS, Pass
 from openllama.inference.threshold import ALWAYS, NEVER, most_rows
 from openllama.interface import OpenLlamaForCausalLM
@@ -25,7 +25,7 @@ class Loops:
     def __init__(self, model: OpenLlamaForCausalLM) -> None:
         check_settings(model)
         self._library = library()
-        restore_by_loops(model)  # for prompts, and before the modules are read
+        use_loops(model)  # for prompts, and before the modules are read
         reading = Reading(model)
         self.config, self.have_changed = reading.config, reading.have_changed
         self._model, self._layers = reading.model, reading.layers

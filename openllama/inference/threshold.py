@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from openllama.inference.compiler import library
-from openllama.inference.restoring import restore_by_loops
+from openllama.inference.prompts import use_loops
 from openllama.inference.structs import KINDS, QUANTIZED, Matrix
 from openllama.products import FastProducts
 from openllama.quantized.modules import QuantizedLinear
@@ -91,7 +91,7 @@ def _module(kind: int, dtype: torch.dtype) -> QuantizedLinear | nn.Linear:
         return linear
     bits = next(bits for bits, number in QUANTIZED.items() if number == kind)
     module = QuantizedLinear(columns, rows, bits, "cpu")
-    restore_by_loops(module)
+    use_loops(module)
     return module
 
 

@@ -34,6 +34,8 @@ class QuantizedMatrix(nn.Module):
     scale: Tensor
     #: what restores the matrix; a model that decodes fast has the same in C++
     restore: Callable[[Tensor, Tensor, int, torch.dtype], Tensor] = staticmethod(restore_matrix)
+    #: x (N, K) of ``MANY`` rows or more, weight, scale -> (N, M) or None; a model that decodes fast has one in C++
+    multiply: Callable[[Tensor, Tensor, Tensor], Tensor | None] = staticmethod(lambda x, weight, scale: None)
 
     def __init__(self, rows: int, columns: int, bits: int, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -67,7 +69,10 @@ class QuantizedMatrix(nn.Module):
         if x.is_cpu and x.dtype == torch.bfloat16 and len(flat) >= MANY and not torch.compiler.is_compiling():
             if self.bits == 8 and not int8_is_slow():
                 return _int8_product(flat, self.weight, self.scale).view(*x.shape[:-1], len(self.weight))
-            flat = flat.float() if bfloat16_is_slow() else flat
+            if bfloat16_is_slow():
+                flat = flat.float()
+                if (product := self.multiply(flat, self.weight, self.scale)) is not None:
+                    return product.to(x.dtype).view(*x.shape[:-1], len(self.weight))
         product = x.new_empty(len(flat), len(self.weight))
         for rows, block in self._blocks(flat):
             product[:, rows] = F.linear(flat, block)
