@@ -191,7 +191,7 @@ void tile(const Matrix& m, int64_t row, const float* x, float* y, bool add) {
 
 template <class Number>
 void multiply(const Matrix& m, const float* x, float* y, int64_t n, bool add) {
-    const int R = 4, N = REGISTERS / 8;  // half of the registers hold sums
+    const int R = 4, N = 4, PART = REGISTERS / 8;  // half of the registers hold sums
     #pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < m.rows; row += R) {
         bool whole = row + R <= m.rows;
@@ -201,8 +201,8 @@ void multiply(const Matrix& m, const float* x, float* y, int64_t n, bool add) {
             step = whole && i + N <= n ? N : 1;
             if (!whole)
                 for (int64_t r = row; r < m.rows; r++) tile<Number, 1, 1>(m, r, in, out, add);
-            else if (step == N) tile<Number, R, N>(m, row, in, out, add);
-            else tile<Number, R, 1>(m, row, in, out, add);
+            else if (step == 1) tile<Number, R, 1>(m, row, in, out, add);
+            else for (int64_t r = row; r < row + R; r += PART) tile<Number, PART, N>(m, r, in, out, add);
         }
     }
 }
@@ -342,7 +342,7 @@ void odd_multiply(const Matrix& m, const float* x, float* y, int64_t n, bool add
 // Weights are widened to 16 bits, BLOCK rows and SPAN columns at a time, as many as a cache holds; int4 times the scales of
 // their groups, rounded. Each of 8 sums has SPAN / 8 products of at most 2^23, which is what 32 bits hold.
 const int SPAN = 2048, BLOCK = 64;
-const int INT8_INPUT = 32767, INT4_INPUT = 4095, INT4_WEIGHT = 2047;
+const int INT8_INPUT = 32767, INT4_INPUT = 4095, INT4_WEIGHT = 2048;
 
 // Rows of x, each span of which has a scale.
 struct Spans {
@@ -374,13 +374,14 @@ float widen_part(const Matrix& m, int64_t row, int64_t first, int64_t size, int1
     const uint16_t* scales = (const uint16_t*)m.scale + group;
     float largest = 0;
     for (int64_t g = 0; g < size / GROUP; g++) largest = std::max(largest, std::fabs(get(scales + g)));
-    float unit = largest * Int4::OFFSET / INT4_WEIGHT, factor = unit > 0 ? 1 / unit : 0;
-    for (int64_t g = 0; g < size / GROUP; g++, data += Int4::BYTES, out += GROUP)
-        for (int j = 0; j < 16; j++) {
-            out[j] = std::lrint(((data[j] & 15) - Int4::OFFSET) * get(scales + g) * factor);
-            out[j + 16] = std::lrint(((data[j] >> 4) - Int4::OFFSET) * get(scales + g) * factor);
+    for (int64_t g = 0; g < size / GROUP; g++, data += Int4::BYTES, out += GROUP) {
+        int scale = largest > 0 ? std::lrint(get(scales + g) / largest * 32767) : 0;
+        for (int j = 0; j < 16; j++) {  // times INT4_WEIGHT / 8 * scale / 2^15, the nearest
+            out[j] = ((data[j] & 15) - Int4::OFFSET) * (INT4_WEIGHT / 8) * scale + 0x4000 >> 15;
+            out[j + 16] = ((data[j] >> 4) - Int4::OFFSET) * (INT4_WEIGHT / 8) * scale + 0x4000 >> 15;
         }
-    return unit;
+    }
+    return largest * 32768 / 32767 * 8 / INT4_WEIGHT;
 }
 
 // y[n][r] += x[n] . w[r] over a span, for two rows of weights and N of x, which are `x.columns` apart, y `apart`.

@@ -39,7 +39,7 @@ def multiply(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor | None:
     """x (N, K) @ matrix.T in float32, both rounded to 16 bits with a scale for each 2048 columns of a row; None where
     the loops do not compute it.
 
-    Inputs are rounded to 15 bits and a sign, for int4 to 12, and the numbers of int4 with their scales to 11.
+    Inputs are rounded to 15 bits and a sign, for int4 to 12; the numbers of int4, times their scales, to 11.
     """
     loops = _loops_for(x, weight, scale)
     if loops is None or x.shape[1] % GROUP or len(weight) % 2 or x.dtype != torch.float32:
