@@ -1,8 +1,8 @@
 // A pass of a few new tokens through all layers: the formulas of model.py as loops over the weights where they lie.
 //
 // A token needs every weight once, so a pass takes the time of reading them. Each product goes through its matrix once,
-// in order, for all rows of its input. Activations are float32. Inputs of products with integers are rounded to 16 bits,
-// and where the processor multiplies pairs of bfloat16, those of four rows or more with bfloat16 to that type.
+// in order, for all rows of its input. Activations are float32. Products with integers round their inputs to 16 bits;
+// where the processor multiplies pairs of bfloat16, those of four rows or more with bfloat16 round to that type.
 //
 // Shapes: N rows (the new tokens of all sequences), C hidden size, I intermediate size, H heads, D head dim, S keys,
 // V vocabulary. structs.py mirrors the structs. All threads run all functions: `omp for` divides a loop among them.
@@ -274,8 +274,8 @@ struct Rounded {
     }
 };
 
-// y[n][row] = x[n] . m[row], for N rows of x, which start with group `first`. Integers of a group are multiplied and added
-// exactly; eight groups at a time, as their scales are read together.
+// y[n][row] = x[n] . m[row], for N rows of x, which start with group `first`. Integers of a group are multiplied and
+// added exactly; eight groups at a time, as their scales are read together.
 template <class Kind, int N>
 void int_row(const Matrix& m, int64_t row, const Rounded& x, int64_t first, float* y, bool add) {
     int64_t groups = m.columns / GROUP;
@@ -339,8 +339,8 @@ void odd_multiply(const Matrix& m, const float* x, float* y, int64_t n, bool add
 
 // ---- products of many rows with int8 and int4 ----
 
-// Weights are widened to 16 bits, BLOCK rows and SPAN columns at a time, as many as a cache holds; int4 times the scales of
-// their groups, rounded. Each of 8 sums has SPAN / 8 products of at most 2^23, which is what 32 bits hold.
+// Weights are widened to 16 bits, BLOCK rows and SPAN columns at a time, as a cache holds them; int4 times the scales
+// of their groups, rounded. Each of 8 sums has SPAN / 8 products of at most 2^23, which is what 32 bits hold.
 const int SPAN = 2048, BLOCK = 64;
 const int INT8_INPUT = 32767, INT4_INPUT = 4095, INT4_WEIGHT = 2048;
 
