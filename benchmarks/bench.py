@@ -78,6 +78,9 @@ def parsed() -> argparse.Namespace:
         if name not in PACKAGES or not Path(python).is_file():
             parser.error(f"--peer-python {given}: it is NAME=PYTHON, with a name of {', '.join(PACKAGES)} and a file")
         options.peers[name] = Path(python)
+    for name in ("threads", "repeats", "context", "tokens", "batch"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
     options.chosen = [
         of for name, of in ENGINES.items() if not options.engines or any(map(name.count, options.engines))
     ]

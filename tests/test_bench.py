@@ -243,6 +243,13 @@ def test_with_one_engine_at_a_time_the_json_has_those_that_are_done(run, tmp_pat
     assert written(tmp_path)["finished"] is True
 
 
+@pytest.mark.parametrize("name", ["repeats", "tokens", "context", "batch", "threads"])
+def test_a_number_that_measures_nothing_is_refused(run, name, capsys):
+    with pytest.raises(SystemExit):
+        run(f"--{name}", "0")
+    assert f"--{name} must be at least 1, got 0" in capsys.readouterr().err
+
+
 def test_the_json_has_a_folder_before_anything_is_measured(run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run("--json", str(tmp_path / "none" / "results.json"))

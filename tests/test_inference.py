@@ -460,7 +460,7 @@ def test_an_adapter_that_is_added_later_counts(prompt):
     quick.generate(prompt, max_new_tokens=2)
     config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     adapted = peft.get_peft_model(model, config).eval()
-    with pytest.warns(UserWarning, match="the model has Linear in its place"):
+    with pytest.warns(UserWarning, match=r"the model has peft\.tuners\.lora\.layer\.Linear in its place"):
         ids = quick.generate(prompt, max_new_tokens=12)
     assert torch.equal(ids, adapted.generate(input_ids=prompt, max_new_tokens=12))
 
@@ -623,6 +623,14 @@ OTHERS: dict[str, tuple[Callable[[OpenLlamaForCausalLM], Any], str]] = {
         lambda model: setattr(mlp(model).up_proj, "weight", Parameter(transposed(mlp(model).up_proj.weight))),
         r"contiguous .* weight \(48, 32\) with strides \(1, 48\)",
     ),
+    "other strides of the same memory": (
+        lambda model: setattr(
+            model.model.layers[0].attention.q_proj.weight,
+            "data",
+            model.model.layers[0].attention.q_proj.weight.data.t(),
+        ),
+        r"contiguous .* weight \(32, 32\) with strides \(1, 32\)",
+    ),
     "other strides of quantised weights": (
         lambda model: setattr(mlp(quantize(model, "int8")).up_proj, "weight", transposed(mlp(model).up_proj.weight)),
         r"contiguous .* weight \(48, 32\) with strides \(1, 48\)",
@@ -634,6 +642,17 @@ OTHERS: dict[str, tuple[Callable[[OpenLlamaForCausalLM], Any], str]] = {
         "its prepare_inputs_for_generation is replaced",
     ),
 }
+
+
+def test_a_class_that_gets_another_forward_is_computed_by_it(prompt, monkeypatch):
+    model = make_model()
+    quick, forward = fast(model), MLP.forward
+    own = quick.generate(prompt, max_new_tokens=12)
+    monkeypatch.setattr(MLP, "forward", lambda self, x: -forward(self, x))
+    with pytest.warns(UserWarning, match="the forward of MLP, which has been replaced"):
+        patched = quick.generate(prompt, max_new_tokens=12)
+    assert torch.equal(patched, model.generate(prompt, max_new_tokens=12))
+    assert not torch.equal(patched, own)
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -970,6 +989,35 @@ def test_a_private_folder_that_is_not_private_is_refused(no_cache, found, monkey
         no_cache.rename(tmp_path / f"openllama-{user + 1}")
     with pytest.raises(BackendError, match=r"openllama-\d+ must be a folder of user \d+ .*; remove it, or set"):
         compiler.folder("kernels.so")
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        ('g++ "x', 'CXX is no command: g\\+\\+ "x'),
+        ("{program}", "cannot be run"),
+        ("false", "ended with code 1"),
+        ("true", "wrote no file"),
+    ],
+)
+def test_a_command_that_is_no_compiler_is_a_reason(model, anew, tmp_path, monkeypatch, command, reason):
+    program = tmp_path / "program"
+    program.write_text("hello")
+    program.chmod(0o755)
+    monkeypatch.setenv("CXX", command.format(program=program))
+    with pytest.warns(UserWarning, match=f"decoding is not fast: .*{reason}"):
+        fast(model)
+
+
+def test_a_library_that_has_no_loops_is_a_reason(model, anew, monkeypatch):
+    def build(command: list[str], path: Path) -> None:
+        path.parent.mkdir()
+        command = ["c++", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(path)]
+        subprocess.run(command, input="int nothing;", text=True, check=True)
+
+    monkeypatch.setattr(compiler, "_build", build)
+    with pytest.warns(UserWarning, match=r"cannot be loaded: .*openllama_product; remove it"):
+        fast(model)
 
 
 def test_it_is_built_once_for_all_processes(model, anew):

@@ -53,11 +53,14 @@ def _loaded() -> ctypes.CDLL:
     if not path.exists():
         _build(command, path)
     try:
-        loops = ctypes.CDLL(str(path))
-    except OSError as error:
+        return _declared(ctypes.CDLL(str(path)))
+    except (OSError, AttributeError) as error:
         raise BackendError(
             f"{path} cannot be loaded: {error}; remove it, and the next process builds it again"
         ) from error
+
+
+def _declared(loops: ctypes.CDLL) -> ctypes.CDLL:
     for product in (loops.openllama_product, loops.openllama_many):
         product.restype = None
         product.argtypes = [ctypes.POINTER(Matrix), *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 2]
@@ -111,7 +114,10 @@ def _private_folder() -> Path:
 
 def _compiler() -> list[str]:
     """The command of a C++ compiler: $CXX, which may have arguments, or the first of the usual names."""
-    wanted = shlex.split(os.environ.get("CXX", ""))
+    try:
+        wanted = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise BackendError(f"CXX is no command: {os.environ['CXX']} ({error})") from error
     for command in [wanted] if wanted else [[name] for name in COMPILERS]:
         if shutil.which(command[0]):
             return command
@@ -127,7 +133,11 @@ def _tuned() -> list[str]:
 
 
 def _version(compiler: str) -> str:
-    return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    command = [compiler, "--version"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS).stdout
+    except (OSError, UnicodeError, subprocess.TimeoutExpired) as error:
+        raise BackendError(f"the C++ compiler {compiler} cannot be run: {error}; install one or set CXX") from error
 
 
 def _processor() -> str:
@@ -151,10 +161,13 @@ def _build(command: list[str], path: Path) -> None:
             subprocess.run(
                 [*command, str(SOURCE), "-o", str(built)], check=True, capture_output=True, text=True, timeout=SECONDS
             )
+            if not built.exists():
+                raise BackendError(f"{command[0]} ended without an error, but wrote no file; set CXX to a C++ compiler")
             built.replace(path)
             bar.update()
     except subprocess.CalledProcessError as error:
-        reason = next((line for line in error.stderr.splitlines() if "error" in line), error.stderr.strip())
+        said = error.stderr.strip() or f"it ended with code {error.returncode}"
+        reason = next((line for line in said.splitlines() if "error" in line), said)
         raise BackendError(f"{command[0]} could not compile the loops of fast decoding: {reason}") from error
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BackendError(f"the loops of fast decoding could not be built in {path.parent}: {error}") from error

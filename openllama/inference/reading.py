@@ -32,6 +32,15 @@ from openllama.quantized.modules import (
 from openllama.quantized.rounding import FORMATS
 
 LINEARS = (nn.Linear, QuantizedLinear)
+TABLES = (nn.Embedding, QuantizedEmbedding)
+#: what each class computes, before somebody assigns another ``forward`` to it
+FORWARDS = {
+    kind: kind.forward
+    for kind in (
+        OpenLlamaForCausalLM, OpenLlamaModel, StableEmbedding, DecoderLayer, Attention, MLP, RMSNorm, nn.ModuleList,
+        *LINEARS, *TABLES, SharedHead, QuantizedSharedHead,
+    )
+}  # fmt: skip
 
 
 def check_settings(model: OpenLlamaForCausalLM) -> None:
@@ -69,7 +78,9 @@ class Reading:
         self._norm = norm.weight.dtype, self._setting(norm, "eps")  # of all norms
         self.layers = (Layer * self.config.num_hidden_layers)(*self._layers(decoder))
         self.model = self._struct(self._rms_norm(norm), self._head(model, decoder))
-        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
+        self._addresses = list(map(Tensor.data_ptr, self._tensors))
+        self._strides = list(map(Tensor.stride, self._tensors))
+        self._dtypes = [tensor.dtype for tensor in self._tensors]
         self._sizes = [len(own) for own in self._own]
 
     def have_changed(self) -> bool:
@@ -79,6 +90,9 @@ class Reading:
             and all(map(is_, map(type, self._modules), self._kinds))
             and list(map(len, self._own)) == self._sizes
             and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
+            and list(map(Tensor.stride, self._tensors)) == self._strides
+            and [tensor.dtype for tensor in self._tensors] == self._dtypes
+            and all(kind.forward is forward for kind, forward in FORWARDS.items())
             and not any(self._hooks)
         )
 
@@ -99,9 +113,12 @@ class Reading:
 
     def _checked(self, module: Any, *kinds: type[nn.Module]) -> nn.Module:
         if type(module) not in kinds:
-            raise BackendError(
-                f"the loops compute {kinds[0].__name__}, the model has {type(module).__name__} in its place"
-            )
+            found = type(module).__name__
+            if found == kinds[0].__name__:  # peft's, for one
+                found = f"{type(module).__module__}.{found}"
+            raise BackendError(f"the loops compute {kinds[0].__name__}, the model has {found} in its place")
+        if type(module).forward is not FORWARDS[type(module)]:
+            raise BackendError(f"the loops compute the forward of {type(module).__name__}, which has been replaced")
         if "forward" in vars(module):
             raise BackendError(f"the loops compute {kinds[0].__name__}, the model has a forward of its own in one")
         self._modules.append(module)
@@ -184,7 +201,7 @@ class Reading:
         embedding = self._module(decoder, "embedding", StableEmbedding)
         if not isinstance(model.lm_head, SharedHead):
             return self._matrix(self._module(model, "lm_head", *LINEARS), *shape)
-        table = self._module(embedding, "tokens", nn.Embedding, QuantizedEmbedding)
+        table = self._module(embedding, "tokens", *TABLES)
         kind = QuantizedSharedHead if isinstance(table, QuantizedEmbedding) else SharedHead
         head = self._module(model, "lm_head", kind)
         if self._setting(head, "owner")[0] is not model:
