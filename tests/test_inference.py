@@ -191,6 +191,16 @@ def test_every_processor_multiplies_many_rows_as_integers(processor, quantizatio
     assert error < (1e-4 if quantization == "int8" else 1e-3)
 
 
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_a_row_that_is_not_finite_leaves_the_others_as_they_are(weights):
+    x = torch.randn(3, 96)
+    x[1, 70] = torch.nan
+    matrix = torch.randn(8, 96)
+    found, expected = product(matrix, x, weights)
+    assert found[1].isnan().all()
+    torch.testing.assert_close(found[::2], expected[::2], rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 def test_the_largest_integers_do_not_overflow_and_what_is_not_finite_stays_so(quantization):
     weight, scale = round_matrix(torch.full((2, 2048), -1.0), quantization)

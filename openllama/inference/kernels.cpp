@@ -84,7 +84,9 @@ template <class Number>
 Vector load(const Number* p) { return eight(p); }
 #endif
 
-inline Floats fewer(const uint16_t* p, int count) {
+template <class Number>
+Floats eight(const Number* p, int count) {  // with zeros after the first `count`
+    if (count == 8) return eight(p);
     Floats v = {};
     for (int i = 0; i < count; i++) v[i] = get(p + i);
     return v;
@@ -286,11 +288,8 @@ void int_row(const Matrix& m, int64_t row, const Rounded& x, int64_t first, floa
         float scale[N][8];
         for (int n = 0; n < N; n++) {
             int64_t at = first + n * groups + start;
-            Floats of = eight(&x.scales[at]);
-            if (Kind::OFFSET) {
-                of *= count == 8 ? eight(scales + start) : fewer(scales + start, count);
-                offsets[n] += of * eight(&x.totals[at]);
-            }
+            Floats of = eight(&x.scales[at], count);
+            if (Kind::OFFSET) of *= eight(scales + start, count), offsets[n] += of * eight(&x.totals[at], count);
             *(FloatsAt*)scale[n] = of;
         }
         for (int i = 0; i < count; i++) {
