@@ -35,10 +35,9 @@ def int8_is_slow() -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear`` of x (..., K) and weight (M, K); in float32 where that is faster, and rounded to the type of x."""
     rows = x.numel() // max(1, x.shape[-1])
-    if bias is not None or not (x.is_cpu and x.dtype == weight.dtype == torch.bfloat16 and rows >= MANY):
+    narrow = x.is_cpu and x.dtype == weight.dtype == torch.bfloat16
+    if bias is not None or not (narrow and rows >= MANY and bfloat16_is_slow()):
         return F.linear(x, weight, bias)
-    if not bfloat16_is_slow():
-        return F.linear(x, weight)
     flat = x.reshape(rows, x.shape[-1]).float()
     product = x.new_empty(rows, len(weight))
     step = max(1, BLOCK // weight.shape[1])

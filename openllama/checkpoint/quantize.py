@@ -13,8 +13,7 @@ from openllama.checkpoint.export import Export
 from openllama.checkpoint.names import MATRICES, Weights, pattern, scale_name
 from openllama.checkpoint.pieces import Computed, Read, Source, pieces
 from openllama.config import CONFIG_FILE
-from openllama.errors import InputError
-from openllama.quantized.rounding import FORMATS, round_matrix
+from openllama.quantized.rounding import FORMATS, naming, round_matrix
 
 
 def quantized_weights(weights: Weights, quantization: str | None) -> Weights:
@@ -90,7 +89,5 @@ def _computed(name: str, matrix: Tensor, quantization: str, latest: dict[str, li
 
 
 def _round(name: str, matrix: Tensor, quantization: str) -> tuple[Tensor, Tensor]:
-    try:
+    with naming(name):
         return round_matrix(matrix, quantization)
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from error

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from openllama.errors import InputError
 from openllama.model import SharedHead
 from openllama.products import BLOCK, MANY, bfloat16_is_slow, int8_is_slow
-from openllama.quantized.rounding import FORMATS, check_finite, check_quantization, restore_matrix, round_matrix
+from openllama.quantized.rounding import FORMATS, check_finite, check_quantization, naming, restore_matrix, round_matrix
 
 Model = TypeVar("Model", bound=nn.Module)
 BITS = {form.bits: name for name, form in FORMATS.items()}
@@ -242,7 +242,8 @@ def quantize(model: Model, quantization: str) -> Model:
         )
     places = _places(model, quantization)
     for name in places:
-        _check_finite(f"{name}.weight", model.get_submodule(name).weight)  # type: ignore[arg-type]
+        with naming(f"{name}.weight"):
+            check_finite(model.get_submodule(name).weight)  # type: ignore[arg-type]
     for name in places:
         parent, _, own = name.rpartition(".")
         module = model.get_submodule(name)
@@ -278,10 +279,3 @@ def _places(model: Any, quantization: str) -> list[str]:
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
             raise InputError(f"{name} has hooks, which would be lost; remove them, quantise, and register them again")
     return names
-
-
-def _check_finite(name: str, matrix: Tensor) -> None:
-    try:
-        check_finite(matrix)
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from error

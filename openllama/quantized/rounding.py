@@ -13,6 +13,7 @@ integers reach from -8 to 7, and the largest number may lie at -8, whatever its 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -80,6 +81,15 @@ def round_matrix(weight: Tensor, quantization: str) -> tuple[Tensor, Tensor]:
     for places, rows in _blocks(weight) if not weight.is_meta else ():
         stored[places], scales[places] = part(rows, form)
     return stored, scales
+
+
+@contextlib.contextmanager
+def naming(name: str) -> Iterator[None]:
+    """An ``InputError`` about a matrix says its ``name``."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
 
 
 def check_finite(weight: Tensor) -> None:
