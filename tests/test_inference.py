@@ -36,8 +36,9 @@ from openllama.generation import generate, stream
 from openllama.generation.assisted import Pace
 from openllama.inference import FastModel, compiler, fast, loops, prompts, quantize, structs, threshold
 from openllama.inference.loops import Loops
-from openllama.inference.prompts import multiply, restore
+from openllama.inference.prompts import LoopProducts, _many, linear, multiply, restore
 from openllama.model import MLP, Inputs, RMSNorm
+from openllama.products import FastProducts
 from openllama.quantized.modules import QuantizedLinear, QuantizedMatrix
 from openllama.quantized.rounding import restore_matrix, round_matrix
 from tests.draw import examples
@@ -52,8 +53,9 @@ WEIGHTS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}  # and the numbers
 
 @pytest.fixture(autouse=True)
 def _same_on_every_machine(monkeypatch):
-    """Up to 16 tokens, which a machine measures."""
+    """Up to 16 tokens, and no prompts, which a machine measures."""
     monkeypatch.setattr(loops, "most_rows", lambda *_: 16)
+    monkeypatch.setattr(loops, "prompt_products", lambda *_: FastProducts)
 
 
 @pytest.fixture(scope="module")
@@ -180,15 +182,56 @@ def test_every_processor_multiplies_weights_of_every_kind_and_shape(processor, w
             assert error <= limit, (shape, rows)
 
 
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
-@pytest.mark.parametrize("shape", [(2, 32), (130, 96), (64, 2048), (66, 2080), (4, 4160)])
-def test_every_processor_multiplies_many_rows_as_integers(processor, quantization, shape):
-    """Rows beside whole tiles of 6, blocks of 64 rows and spans of 2048 columns."""
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("shape", [(2, 32), (130, 96), (129, 513), (3, 2048), (66, 1)])
+def test_every_processor_multiplies_many_rows(processor, weights, shape):
+    """Rows beside whole tiles of 6 and panels of 16, columns beside whole spans of 256."""
     matrix, x = torch.randn(shape), torch.randn(45, shape[1])
-    weight, scale = round_matrix(matrix, quantization)
-    exact = x.double() @ restore_matrix(weight, scale, shape[1], torch.float64).T
-    error = (multiply(x, weight, scale) - exact).norm() / exact.norm()
-    assert error < (1e-4 if quantization == "int8" else 1e-3)
+    if weights in ("int8", "int4"):
+        weight, scale = round_matrix(matrix, weights)
+        exact = x.double() @ restore_matrix(weight, scale, shape[1], torch.float64).T
+        found, limit = multiply(x, weight, scale), 1e-4 if weights == "int8" else 1e-3
+    else:
+        weight = matrix.to(getattr(torch, weights))
+        exact, limit = x.double() @ weight.double().T, 1e-6
+        found = torch.empty(exact.shape)
+        numbers = structs.Matrix(weight.data_ptr(), None, *shape, WEIGHTS[weights])
+        compiler.library().openllama_many(numbers, x.data_ptr(), found.data_ptr(), len(x), 2)
+    assert (found - exact).norm() < limit * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prompts_are_multiplied_by_the_loops_where_they_are_faster(dtype, monkeypatch):
+    weight, x = torch.randn(70, 96).to(dtype), torch.randn(2, 17, 96).to(dtype)
+    with torch.no_grad(), LoopProducts():
+        found = F.linear(x, weight)
+    assert found.dtype == dtype
+    exact = (x.double() @ weight.double().T).to(dtype)
+    torch.testing.assert_close(found, exact, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)  # a last bit
+
+    calls: list[Any] = []
+    monkeypatch.setattr(prompts, "_many", lambda *arguments: calls.append(arguments) or _many(*arguments))
+    for pays in (False, True):
+        monkeypatch.setattr(loops, "prompt_products", lambda *_, pays=pays: LoopProducts if pays else FastProducts)
+        fast(make_model().to(dtype)).generate(torch.ones(1, 70, dtype=torch.long), max_new_tokens=1)
+        assert bool(calls) is pays
+
+
+def test_what_the_loops_do_not_multiply_is_left_to_torch():
+    weight, x = torch.randn(70, 96), torch.randn(40, 96)
+    with torch.no_grad():
+        assert linear(x, weight) is not None
+        assert linear(x[:31], weight) is None
+        assert linear(x.bfloat16(), weight) is None
+        assert linear(x.double(), weight.double()) is None
+        assert linear(x, torch.randn(96, 70).T) is None
+    assert linear(x, weight) is None, "gradients"
+    for arguments in ((x, weight, torch.ones(70)), (x[:3], weight)):
+        with torch.no_grad(), LoopProducts():
+            assert F.linear(*arguments).equal(F.linear(*arguments))
+    with LoopProducts():
+        F.linear(x, weight.requires_grad_()).sum().backward()
+    assert weight.grad is not None
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
@@ -219,9 +262,6 @@ def test_what_the_loops_do_not_multiply_as_integers_is_left_to_others():
     assert multiply(torch.randn(33, 64), weight, scale) is not None
     assert multiply(torch.randn(33, 64).double(), weight, scale) is None
     assert multiply(torch.randn(64, 33).T, weight, scale) is None  # not one number after the other
-    assert multiply(torch.randn(33, 64), weight[:3], scale[:3]) is None
-    odd = round_matrix(torch.randn(4, 65), "int4")
-    assert multiply(torch.randn(33, 65), *odd) is None
 
 
 def product(matrix: Tensor, x: Tensor, weights: str) -> tuple[Tensor, Tensor]:
@@ -1046,9 +1086,12 @@ def small(monkeypatch, tmp_path):
     built = SimpleNamespace(_name=str(tmp_path / "kernels-1.so"), openllama_product=product)
     monkeypatch.setattr(threshold, "library", lambda: built)
     monkeypatch.setattr(threshold, "SHAPE", (70, 96))
-    threshold.most_rows.cache_clear()
+    kept = threshold.most_rows, threshold.prompt_products
+    for function in kept:
+        function.cache_clear()
     yield
-    threshold.most_rows.cache_clear()
+    for function in kept:
+        function.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -1059,6 +1102,7 @@ def test_the_number_of_tokens_is_measured_once_for_all_processes(small, defaults
     found = threshold.most_rows(number, dtype, 2)
     assert found in (2, 4, 8, 16, 32, 64)
     monkeypatch.setattr(threshold, "_measure", lambda *_: 5)
+    monkeypatch.setattr(threshold, "_measure_prompt", lambda *_: 1)
 
     def by_another_process(threads: int = 2) -> int:
         threshold.most_rows.cache_clear()
@@ -1075,6 +1119,22 @@ def test_the_number_of_tokens_is_measured_once_for_all_processes(small, defaults
         assert by_another_process() == 5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("faster", [LoopProducts, FastProducts])
+def test_prompts_go_the_way_that_was_measured_to_be_faster(small, dtype, faster, monkeypatch, tmp_path):
+    def fastest(ways: tuple[Callable[[], Tensor], ...]) -> tuple[float, float]:
+        ours, theirs = (way() for way in ways)
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours, theirs)
+        return (1.0, 2.0) if faster is LoopProducts else (2.0, 1.0)
+
+    monkeypatch.setattr(threshold, "_fastest", fastest)
+    assert threshold.prompt_products(dtype, 2) is faster
+    threshold.prompt_products.cache_clear()
+    monkeypatch.delattr(threshold, "_measure_prompt")  # another process finds what was kept
+    assert threshold.prompt_products(dtype, 2) is faster
+
+
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_the_loops_are_measured_against_the_modules_that_would_multiply_these_weights(small, kind, monkeypatch):
     asked: list[int] = []
@@ -1086,6 +1146,7 @@ def test_the_loops_are_measured_against_the_modules_that_would_multiply_these_we
         return (1.0, 2.0) if len(asked) < 3 else (2.0, 1.0)
 
     monkeypatch.setattr(threshold, "_fastest", fastest)
+    monkeypatch.setattr(threshold, "prompt_products", lambda *_: FastProducts)
     monkeypatch.setattr(QuantizedLinear, "forward", lambda module, x: x if module.bits == int(kind[3:]) else None)
     dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
     assert threshold._measure(WEIGHTS[kind], dtype, 1) == 8

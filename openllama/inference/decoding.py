@@ -24,7 +24,6 @@ from openllama.inference.loops import Loops
 from openllama.interface import OpenLlamaForCausalLM
 from openllama.model import Inputs
 from openllama.outputs import CausalLMOutput
-from openllama.products import FastProducts, bfloat16_is_slow
 from openllama.rope import cos_sin
 
 if TYPE_CHECKING:
@@ -147,9 +146,10 @@ class FastModel:
         return self.model(input_ids, *arguments, **named)
 
     def _products(self) -> AbstractContextManager[Any]:
-        """What prompts are computed under: products of bfloat16 in the way that is fast here."""
-        narrow = self._loops is not None and self.model.dtype == torch.bfloat16
-        return FastProducts() if narrow and bfloat16_is_slow() and not torch.is_grad_enabled() else nullcontext()
+        """What prompts are computed under: products in the way that is fastest here."""
+        if self._loops is None or torch.is_grad_enabled():
+            return nullcontext()
+        return self._loops.prompt_products()
 
     def _current(self) -> Loops | None:
         """The loops for the model as it is now; None where they do not compute it, which a warning says once."""

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <vector>
 #ifdef __AVX2__
@@ -54,6 +55,9 @@ inline Floats eight(const uint16_t* p) {
 inline Shorts widen(const int8_t* p) { return (Shorts)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
 inline Shorts widen(const uint8_t* p) { return (Shorts)_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p)); }
 inline Ints pairs(Shorts a, Shorts b) { return (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+inline Shorts scaled(Shorts a, int16_t scale) {  // a * scale / 2^15, the nearest
+    return (Shorts)_mm256_mulhrs_epi16((__m256i)a, _mm256_set1_epi16(scale));
+}
 #else
 typedef uint32_t Words __attribute__((vector_size(32)));
 typedef uint16_t HalvesAt __attribute__((vector_size(16), aligned(2)));
@@ -65,6 +69,10 @@ inline Shorts widen(const uint8_t* p) { return __builtin_convertvector(*(const B
 inline Ints pairs(Shorts a, Shorts b) {
     Ints x = (Ints)a, y = (Ints)b;
     return (x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16);
+}
+inline Shorts scaled(Shorts a, int16_t scale) {
+    for (int i = 0; i < 16; i++) a[i] = a[i] * scale + 0x4000 >> 15;
+    return a;
 }
 #endif
 
@@ -79,6 +87,7 @@ inline Vector load(const uint16_t* p) {
 }
 #else
 typedef Floats Vector;
+typedef FloatsAt VectorAt;
 const int WIDTH = 8, REGISTERS = 16;
 template <class Number>
 Vector load(const Number* p) { return eight(p); }
@@ -90,6 +99,14 @@ Floats eight(const Number* p, int count) {  // with zeros after the first `count
     Floats v = {};
     for (int i = 0; i < count; i++) v[i] = get(p + i);
     return v;
+}
+
+// What is loaded stays in a register: compilers would read it again for each product, and reading bounds the products.
+template <class Any>
+void hold(Any& v) {
+#ifdef __AVX2__
+    asm("" : "+x"(v));
+#endif
 }
 
 template <class Any>
@@ -179,6 +196,7 @@ void tile(const Matrix& m, int64_t row, const float* x, float* y, bool add) {
         }
         for (int n = 0; n < N; n++) {
             Vector part = load(x + n * m.columns + k);
+            hold(part);
             for (int r = 0; r < R; r++) sums[r][n] += w[r] * part;
         }
     }
@@ -191,22 +209,35 @@ void tile(const Matrix& m, int64_t row, const float* x, float* y, bool add) {
         }
 }
 
+const int TILE = 6, ROWS = 4;  // how many rows of x and of the matrix are multiplied at a time, at most
+
+// The rows of x in tile number t, when n are shared out as evenly as can be: 8 are 4 and 4.
+struct Share {
+    int64_t first, rows;
+    static int64_t count(int64_t n) { return (n + TILE - 1) / TILE; }
+    Share(int64_t t, int64_t n) : first(t * n / count(n)), rows((t + 1) * n / count(n) - first) {}
+};
+
+// The same for N rows of x and a few of the matrix, as registers hold them.
+template <class Number, int N>
+void tiles_of(const Matrix& m, int64_t row, const float* x, float* y, bool add) {
+    const int R = N <= 2 ? ROWS : REGISTERS / 8;
+    int64_t last = std::min(row + ROWS, m.rows);
+    for (; row + R <= last; row += R) tile<Number, R, N>(m, row, x, y, add);
+    for (; row < last; row++) tile<Number, 1, N>(m, row, x, y, add);
+}
+
 template <class Number>
 void multiply(const Matrix& m, const float* x, float* y, int64_t n, bool add) {
-    const int R = 4, N = 4, PART = REGISTERS / 8;  // half of the registers hold sums
+    static const decltype(&tiles_of<Number, 1>) tiles[TILE] = {
+        tiles_of<Number, 1>, tiles_of<Number, 2>, tiles_of<Number, 3>,
+        tiles_of<Number, 4>, tiles_of<Number, 5>, tiles_of<Number, 6>};
     #pragma omp for schedule(static) nowait
-    for (int64_t row = 0; row < m.rows; row += R) {
-        bool whole = row + R <= m.rows;
-        for (int64_t i = 0, step; i < n; i += step) {
-            const float* in = x + i * m.columns;
-            float* out = y + i * m.rows;
-            step = whole && i + N <= n ? N : 1;
-            if (!whole)
-                for (int64_t r = row; r < m.rows; r++) tile<Number, 1, 1>(m, r, in, out, add);
-            else if (step == 1) tile<Number, R, 1>(m, row, in, out, add);
-            else for (int64_t r = row; r < row + R; r += PART) tile<Number, PART, N>(m, r, in, out, add);
+    for (int64_t row = 0; row < m.rows; row += ROWS)
+        for (int64_t t = 0; t < Share::count(n); t++) {
+            Share part(t, n);
+            tiles[part.rows - 1](m, row, x + part.first * m.columns, y + part.first * m.rows, add);
         }
-    }
 }
 
 #ifdef __AVX512BF16__
@@ -336,91 +367,181 @@ void odd_multiply(const Matrix& m, const float* x, float* y, int64_t n, bool add
     }
 }
 
-// ---- products of many rows with int8 and int4 ----
+// ---- products of many rows ----
 
-// Weights are widened to 16 bits, BLOCK rows and SPAN columns at a time, as a cache holds them; int4 times the scales
-// of their groups, rounded. Each of 8 sums has SPAN / 8 products of at most 2^23, which is what 32 bits hold.
-const int SPAN = 2048, BLOCK = 64;
+// Sums are vectors over rows of the matrix, and each number of x is multiplied by two vectors of them. So a panel of
+// PANEL rows is widened, to float32 or to integers of 16 bits, and turned: the numbers of a column (integers: of two
+// columns) lie together. PANELS panels of SPAN columns are what a cache holds.
+const int SPAN = 256, GAP = 16;  // a gap, as rows of 2^n bytes would take each other's places in a cache
+const int PANELS = 8;
+
+// Integers of x and of the matrix: their products over a span are added in 32 bits.
 const int INT8_INPUT = 32767, INT4_INPUT = 4095, INT4_WEIGHT = 2048;
 
-// Rows of x, each span of which has a scale.
-struct Spans {
-    int64_t columns, count;  // of a row: numbers, and spans
-    std::vector<int16_t> numbers;
-    std::vector<float> scales;
+// numbers (size,) = x, rounded if they are integers; returns their scale.
+inline float widen_input(const float* x, int64_t size, float, float* numbers) {
+    memcpy(numbers, x, size * sizeof(float));
+    return 1;
+}
+inline float widen_input(const float* x, int64_t size, float highest, int16_t* numbers) {
+    return round_part(x, size, highest, numbers);
+}
 
-    Spans(int64_t n, int64_t columns)
-        : columns(columns), count((columns + SPAN - 1) / SPAN), numbers(n * columns), scales(n * count) {}
+// A part of a row of the matrix: out (size,) = its numbers; returns their scale.
+float widen_part(const Matrix& m, int64_t row, int64_t first, int64_t size, float* out) {
+    if (m.kind == FLOAT32) memcpy(out, (const float*)m.data + row * m.columns + first, size * sizeof(float));
+    else for (int64_t k = 0; k < size; k++) out[k] = get((const uint16_t*)m.data + row * m.columns + first + k);
+    return 1;
+}
 
-    void round(const float* x, int64_t n, float highest) {
-        #pragma omp for schedule(static)
-        for (int64_t item = 0; item < n * count; item++) {
-            int64_t first = item % count * SPAN, from = item / count * columns + first;
-            scales[item] = round_part(x + from, std::min<int64_t>(SPAN, columns - first), highest, &numbers[from]);
-        }
-    }
-};
-
-// out (size,) = the numbers of a row from column `first` on; returns their scale.
 float widen_part(const Matrix& m, int64_t row, int64_t first, int64_t size, int16_t* out) {
     if (m.kind == INT8) {
         const int8_t* data = (const int8_t*)m.data + row * m.columns + first;
         for (int64_t k = 0; k < size; k++) out[k] = data[k];
         return ((const float*)m.scale)[row];
     }
-    int64_t group = (row * m.columns + first) / GROUP;
+    int64_t groups = (size + GROUP - 1) / GROUP, group = row * ((m.columns + GROUP - 1) / GROUP) + first / GROUP;
     const uint8_t* data = (const uint8_t*)m.data + group * Int4::BYTES;
     const uint16_t* scales = (const uint16_t*)m.scale + group;
     float largest = 0;
-    for (int64_t g = 0; g < size / GROUP; g++) largest = std::max(largest, std::fabs(get(scales + g)));
-    for (int64_t g = 0; g < size / GROUP; g++, data += Int4::BYTES, out += GROUP) {
-        int scale = largest > 0 ? std::lrint(get(scales + g) / largest * 32767) : 0;
-        for (int j = 0; j < 16; j++) {  // times INT4_WEIGHT / 8 * scale / 2^15, the nearest
-            out[j] = ((data[j] & 15) - Int4::OFFSET) * (INT4_WEIGHT / 8) * scale + 0x4000 >> 15;
-            out[j + 16] = ((data[j] >> 4) - Int4::OFFSET) * (INT4_WEIGHT / 8) * scale + 0x4000 >> 15;
+    for (int64_t g = 0; g < groups; g++) largest = std::max(largest, std::fabs(get(scales + g)));
+    for (int64_t g = 0; g < groups; g++) {
+        int16_t scale = largest > 0 ? std::lrint(get(scales + g) / largest * 32767) : 0;
+        Shorts w[2];
+        Int4::read(data + g * Int4::BYTES, w);
+        for (int half = 0; half < 2; half++) {
+            Shorts part = scaled((w[half] - Int4::OFFSET) * (INT4_WEIGHT / 8), scale);
+            memcpy(out + g * GROUP + half * 16, &part, sizeof part);
         }
     }
     return largest * 32768 / 32767 * 8 / INT4_WEIGHT;
 }
 
-// y[n][r] += x[n] . w[r] over a span, for two rows of weights and N of x, which are `x.columns` apart, y `apart`.
-template <int N>
-void many_tile(const int16_t* w, const float* w_scales, const Spans& x, int64_t row, int64_t span, int64_t size,
-               float* y, int64_t apart) {
-    const int16_t* numbers = &x.numbers[row * x.columns + span * SPAN];
-    Ints sums[2][N] = {};
-    for (int64_t k = 0; k < size; k += 16) {
-        Shorts first = *(const ShortsAt*)(w + k), second = *(const ShortsAt*)(w + SPAN + k);
-        for (int n = 0; n < N; n++) {
-            Shorts part = *(const ShortsAt*)(numbers + n * x.columns + k);
-            sums[0][n] += pairs(first, part), sums[1][n] += pairs(second, part);
+// What one step of a sum takes: a number of x in all places, and of vectors over rows of the matrix.
+struct FloatStep {
+    typedef float Number;
+    typedef Vector Sum;
+    static const int NUMBERS = 1, ROWS = WIDTH;
+    static Vector all(const float* x) { return *x - Vector{}; }
+    static void add(Sum& sum, const float* w, Vector x) { sum += load(w) * x; }
+    static VectorAt floats(Sum sum) { return sum; }
+};
+
+struct IntStep {
+    typedef int16_t Number;
+    typedef Ints Sum;
+    static const int NUMBERS = 2, ROWS = 8;
+    static Shorts all(const int16_t* x) {
+        int32_t two;
+        memcpy(&two, x, 4);
+        return (Shorts)(two - Ints{});
+    }
+    static void add(Sum& sum, const int16_t* w, Shorts x) { sum += pairs(*(const ShortsAt*)w, x); }
+    static FloatsAt floats(Sum sum) { return __builtin_convertvector(sum, Floats); }
+};
+
+// Memory that starts at a line of a cache.
+template <class Number>
+struct Buffer {
+    Number* const data;
+    explicit Buffer(size_t size) : data((Number*)aligned_alloc(64, (size * sizeof(Number) + 63) / 64 * 64)) {}
+    Buffer(const Buffer&) = delete;
+    ~Buffer() { free(data); }
+};
+
+template <class Step>
+struct Many {
+    typedef typename Step::Number Number;
+    static const int PANEL = 2 * Step::ROWS, BLOCK = PANELS * PANEL, APART = SPAN + GAP;
+
+    const Matrix& m;
+    int64_t n, spans;
+    Buffer<Number> x;        // (spans, N, APART)
+    Buffer<float> x_scales;  // (spans, N)
+
+    Many(const Matrix& m, int64_t n)
+        : m(m), n(n), spans((m.columns + SPAN - 1) / SPAN), x(spans * n * APART), x_scales(spans * n) {}
+
+    int64_t size(int64_t span) const { return std::min<int64_t>(SPAN, m.columns - span * SPAN); }
+
+    void read(const float* in, float highest) {
+        #pragma omp for schedule(static)
+        for (int64_t item = 0; item < spans * n; item++) {
+            int64_t span = item / n, row = item % n;
+            Number* out = x.data + item * APART;
+            x_scales.data[item] = widen_input(in + row * m.columns + span * SPAN, size(span), highest, out);
+            out[size(span)] = 0;  // where the number of columns is odd, the last pair has one
         }
     }
-    for (int n = 0; n < N; n++)
-        for (int r = 0; r < 2; r++) {
-            float scale = w_scales[r] * x.scales[(row + n) * x.count + span];
-            y[n * apart + r] += sum(__builtin_convertvector(sums[r][n], Floats)) * scale;
-        }
-}
 
-// y (N, rows) = x (N, columns) @ m.T, for whole groups and an even number of rows
-void many_multiply(const Matrix& m, const Spans& x, float* y, int64_t n) {
-    std::vector<int16_t> w(BLOCK * SPAN);
-    float scales[BLOCK];
-    #pragma omp for schedule(static)
-    for (int64_t row = 0; row < m.rows; row += BLOCK) {
-        int64_t rows = std::min<int64_t>(BLOCK, m.rows - row);
-        for (int64_t i = 0; i < n; i++) std::fill_n(y + i * m.rows + row, rows, 0.f);
-        for (int64_t span = 0; span < x.count; span++) {
-            int64_t size = std::min<int64_t>(SPAN, m.columns - span * SPAN);
-            for (int64_t r = 0; r < rows; r++) scales[r] = widen_part(m, row + r, span * SPAN, size, &w[r * SPAN]);
-            for (int64_t i = 0, step; i < n; i += step) {
-                step = i + 6 <= n ? 6 : 1;  // 12 sums, in registers
-                auto tile = step == 6 ? many_tile<6> : many_tile<1>;
-                for (int64_t r = 0; r < rows; r += 2)
-                    tile(&w[r * SPAN], scales + r, x, i, span, size, y + i * m.rows + row + r, m.rows);
-            }
+    // w (SPAN / NUMBERS, PANEL, NUMBERS) = rows of the matrix from `row` on; zeros after the last
+    void widen_panel(int64_t row, int64_t span, Number* w, float* scales) const {
+        alignas(64) Number numbers[SPAN] = {};
+        for (int64_t r = 0; r < PANEL; r++) {
+            if (row + r < m.rows) scales[r] = widen_part(m, row + r, span * SPAN, size(span), numbers);
+            else std::fill_n(numbers, SPAN, Number(scales[r] = 0));
+            for (int64_t k = 0; k < SPAN / Step::NUMBERS; k++)
+                memcpy(w + (k * PANEL + r) * Step::NUMBERS, numbers + k * Step::NUMBERS, 4);
         }
+    }
+
+    // sums[n][r] += x[n] . w[r] over a span, for N rows of x from `first` on and the rows of a panel
+    template <int N>
+    static void tile(const Many& self, const Number* w, const float* scales, int64_t span, int64_t first, float* sums) {
+        int64_t item = span * self.n + first;
+        const Number* in = self.x.data + item * APART;
+        typename Step::Sum totals[N][2] = {};
+        for (int64_t k = 0; k < self.size(span); k += Step::NUMBERS)
+            for (int n = 0; n < N; n++) {
+                auto all = Step::all(in + n * APART + k);
+                hold(all);
+                for (int half = 0; half < 2; half++)
+                    Step::add(totals[n][half], w + k * PANEL + half * Step::ROWS * Step::NUMBERS, all);
+            }
+        for (int n = 0; n < N; n++)
+            for (int half = 0; half < 2; half++) {
+                typedef decltype(Step::floats(totals[n][half])) Part;
+                Part& out = *(Part*)(sums + (first + n) * BLOCK + half * Step::ROWS);
+                Part scale = *(const Part*)(scales + half * Step::ROWS) * self.x_scales.data[item + n];
+                out += Step::floats(totals[n][half]) * scale;
+            }
+    }
+
+    // sums (N, BLOCK) += x @ the rows of the matrix from `row` on, over a span; `w` has room for their panels
+    void multiply_block(int64_t row, int64_t panels, int64_t span, Number* w, float* sums) const {
+        static const decltype(&tile<1>) tiles[TILE] = {tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>};
+        float scales[BLOCK];
+        for (int64_t p = 0; p < panels; p++)
+            widen_panel(row + p * PANEL, span, w + p * PANEL * SPAN, scales + p * PANEL);
+        for (int64_t t = 0; t < Share::count(n); t++) {
+            Share part(t, n);
+            for (int64_t p = 0; p < panels; p++)
+                tiles[part.rows - 1](*this, w + p * PANEL * SPAN, scales + p * PANEL, span, part.first,
+                                     sums + p * PANEL);
+        }
+    }
+
+    void multiply(float* y) const {
+        Buffer<Number> w(BLOCK * SPAN);
+        Buffer<float> sums(n * BLOCK);
+        #pragma omp for schedule(dynamic)
+        for (int64_t row = 0; row < m.rows; row += BLOCK) {
+            int64_t rows = std::min<int64_t>(BLOCK, m.rows - row);
+            std::fill_n(sums.data, n * BLOCK, 0.f);
+            for (int64_t span = 0; span < spans; span++)
+                multiply_block(row, (rows + PANEL - 1) / PANEL, span, w.data, sums.data);
+            for (int64_t i = 0; i < n; i++) memcpy(y + i * m.rows + row, sums.data + i * BLOCK, rows * sizeof(float));
+        }
+    }
+};
+
+template <class Step>
+void many(const Matrix& m, const float* x, float* y, int64_t n, int64_t threads) {
+    Many<Step> product(m, n);
+    #pragma omp parallel num_threads(threads)
+    {
+        product.read(x, m.kind == INT8 ? INT8_INPUT : INT4_INPUT);
+        product.multiply(y);
     }
 }
 
@@ -615,14 +736,10 @@ void openllama_restore(const Matrix* matrix, void* out, int64_t kind, int64_t th
     }
 }
 
-// y (N, rows) = x (N, columns) @ matrix.T, for N of dozens, whole groups and an even number of rows
+// y (N, rows) = x (N, columns) @ matrix.T, for N of dozens
 void openllama_many(const Matrix* matrix, const float* x, float* y, int64_t n, int64_t threads) {
-    Spans spans(n, matrix->columns);
-    #pragma omp parallel num_threads(threads)
-    {
-        spans.round(x, n, matrix->kind == INT8 ? INT8_INPUT : INT4_INPUT);
-        many_multiply(*matrix, spans, y, n);
-    }
+    if (matrix->kind == FLOAT32 || matrix->kind == BFLOAT16) many<FloatStep>(*matrix, x, y, n, threads);
+    else many<IntStep>(*matrix, x, y, n, threads);
 }
 
 // y (N, rows) = x (N, columns) @ matrix.T

@@ -12,8 +12,9 @@ from openllama.inference.compiler import library
 from openllama.inference.prompts import use_loops
 from openllama.inference.reading import Reading, check_settings
 from openllama.inference.structs import KINDS, Pass
-from openllama.inference.threshold import ALWAYS, NEVER, most_rows
+from openllama.inference.threshold import ALWAYS, NEVER, most_rows, prompt_products
 from openllama.interface import OpenLlamaForCausalLM
+from openllama.products import FastProducts
 
 
 class Loops:
@@ -38,6 +39,10 @@ class Loops:
         if rows <= ALWAYS or rows > NEVER:
             return rows <= ALWAYS
         return rows <= most_rows(self._model.layers[0].up.kind, self._dtype, torch.get_num_threads())
+
+    def prompt_products(self) -> FastProducts:
+        """What multiplies the matrices of a prompt."""
+        return prompt_products(self._dtype, torch.get_num_threads())()
 
     def fit(self, cache: PreallocatedCache, batch: int) -> bool:
         """Whether ``cache`` is memory of the CPU for ``batch`` sequences, as the loops write it."""

@@ -1,18 +1,22 @@
-"""Quantised matrices of prompts by ``kernels.cpp``: restored to the same bits, or multiplied as integers."""
+"""Matrices of prompts by ``kernels.cpp``: multiplied by many rows at a time, or restored to the same bits."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openllama.checks import PLAIN, is_transformed
 from openllama.errors import BackendError
 from openllama.inference.compiler import library
 from openllama.inference.structs import KINDS, QUANTIZED, Matrix
+from openllama.products import MANY, FastProducts
 from openllama.quantized.modules import QuantizedMatrix
-from openllama.quantized.rounding import GROUP, restore_matrix
+from openllama.quantized.rounding import restore_matrix
 
 
 def use_loops(model: nn.Module) -> None:
@@ -36,16 +40,41 @@ def restore(weight: Tensor, scale: Tensor, columns: int, dtype: torch.dtype) -> 
 
 
 def multiply(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor | None:
-    """x (N, K) @ matrix.T in float32, both rounded to 16 bits with a scale for each 2048 columns of a row; None where
+    """x (N, K) @ matrix.T in float32, both rounded to 16 bits with a scale for each 256 columns of a row; None where
     the loops do not compute it.
 
     Inputs are rounded to 15 bits and a sign, for int4 to 12; the numbers of int4, times their scales, to 11.
     """
     loops = _loops_for(x, weight, scale)
-    if loops is None or x.shape[1] % GROUP or len(weight) % 2 or x.dtype != torch.float32:
+    if loops is None or x.dtype != torch.float32:
         return None
-    product = x.new_empty(len(x), len(weight))
-    matrix = _matrix(weight, scale, x.shape[1])
+    return _many(loops, x, _matrix(weight, scale, x.shape[1]))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """``F.linear`` of x (..., K) and weight (M, K) without gradients, both float32 or bfloat16, computed in float32 and
+    rounded to the type of x; None where the loops do not compute it."""
+    if bias is not None or torch.is_grad_enabled() or x.numel() < MANY * weight.shape[1]:
+        return None
+    loops = _loops_for(weight) if x.is_cpu and x.dtype == weight.dtype in KINDS else None
+    if loops is None:
+        return None
+    flat = x.reshape(-1, weight.shape[1]).float().contiguous()
+    matrix = Matrix(weight.data_ptr(), None, *weight.shape, KINDS[weight.dtype])
+    return _many(loops, flat, matrix).to(x.dtype).view(*x.shape[:-1], len(weight))
+
+
+class LoopProducts(FastProducts):
+    """Modules that call ``F.linear`` get ``linear``, and what else ``FastProducts`` gives."""
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        product = linear(*args, **(kwargs or {})) if func is F.linear else None
+        return super().__torch_function__(func, types, args, kwargs) if product is None else product
+
+
+def _many(loops: ctypes.CDLL, x: Tensor, matrix: Matrix) -> Tensor:
+    """x (N, K) in float32 @ matrix.T."""
+    product = x.new_empty(len(x), matrix.rows)
     loops.openllama_many(matrix, x.data_ptr(), product.data_ptr(), len(x), torch.get_num_threads())
     return product
 

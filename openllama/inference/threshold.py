@@ -1,6 +1,7 @@
-"""Up to how many tokens the loops multiply faster than a model's modules do, which is measured once on a machine.
+"""Which products the loops compute faster than libraries do, which is measured once on a machine.
 
-The modules are those of the weights: plain matrices, or quantised ones, which are restored or multiplied as integers.
+Those of a few tokens are measured against the modules of the weights: plain matrices, or quantised ones, which are
+restored or multiplied as integers. Those of a prompt are measured against ``products.linear``.
 What was found is kept beside the loops, so that a model computes the same way each time. To measure again, remove the
 file ``kernels-*.json`` from their folder.
 """
@@ -18,14 +19,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from openllama import products
 from openllama.inference.compiler import library
-from openllama.inference.prompts import use_loops
+from openllama.inference.prompts import LoopProducts, linear, use_loops
 from openllama.inference.structs import KINDS, QUANTIZED, Matrix
 from openllama.products import FastProducts
 from openllama.quantized.modules import QuantizedLinear
 
 ALWAYS, NEVER = 2, 64  # tokens that the loops take unmeasured, and above which they take none
 SHAPE = 11008, 2048  # of the matrix: more than most caches hold
+PROMPT = 128  # tokens
 TURNS = 5
 
 
@@ -35,10 +38,22 @@ def most_rows(kind: int, dtype: torch.dtype, threads: int) -> int:
 
     ``kind`` of the weights as in ``structs``, ``dtype`` of the model, which with plain weights is theirs.
     """
+    return _kept(_name(kind, dtype, threads), lambda: _measure(kind, dtype, threads))
+
+
+@functools.cache
+def prompt_products(dtype: torch.dtype, threads: int) -> type[FastProducts]:
+    """What multiplies the plain matrices of a prompt in ``dtype``: the loops where they are faster, or libraries."""
+    name = "prompts, " + _name(KINDS[dtype], dtype, threads)
+    return LoopProducts if _kept(name, lambda: _measure_prompt(dtype)) else FastProducts
+
+
+def _kept(name: str, measure: Callable[[], int]) -> int:
+    """What was measured under this name, now or by an earlier process."""
     path = Path(library()._name).with_suffix(".json")
-    known, name = _known(path), _name(kind, dtype, threads)
+    known = _known(path)
     if name not in known:
-        known[name] = _measure(kind, dtype, threads)
+        known[name] = measure()
         with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=path.parent) as work:
             written = Path(work, path.name)
             written.write_text(json.dumps(known), encoding="utf-8")
@@ -74,12 +89,20 @@ def _measure(kind: int, dtype: torch.dtype, threads: int) -> int:
             lambda x=x, y=y, rows=rows: loops.openllama_product(matrix, x.data_ptr(), y.data_ptr(), rows, threads),
             lambda narrow=narrow: module(narrow),
         )
-        with FastProducts():  # as prompts are computed
+        with prompt_products(dtype, threads)():
             ours, theirs = _fastest(ways)
         if ours > theirs:
             break
         best = rows
     return best
+
+
+@torch.no_grad()
+def _measure_prompt(dtype: torch.dtype) -> int:
+    """1 where the loops are faster than ``products.linear``, else 0."""
+    x, weight = (torch.ones(rows, SHAPE[1], dtype=dtype, device="cpu") for rows in (PROMPT, SHAPE[0]))
+    ours, theirs = _fastest((lambda: linear(x, weight), lambda: products.linear(x, weight)))
+    return int(ours < theirs)
 
 
 def _module(kind: int, dtype: torch.dtype) -> QuantizedLinear | nn.Linear:
