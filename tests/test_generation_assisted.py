@@ -427,13 +427,13 @@ def test_a_copy_that_is_rounded_more_than_the_model_shares_its_cache(computed):
 
 
 def test_keys_of_a_copy_that_fails_are_not_left_in_the_cache():
-    model, copy = pair()
+    model, copy = exact_pair()
     cache = PreallocatedCache(model.config, 1, 40)
     asked = []
 
     def fail(module, args):
         asked.append(0)
-        if len(asked) == 5:  # in its second guess
+        if len(asked) == 5:  # the second token of its second guess
             raise RuntimeError("no power")
 
     copy.model.register_forward_pre_hook(fail)
