@@ -11,6 +11,7 @@ import torch
 from openllama import OpenLlamaForCausalLM
 from openllama.chat import ChatSession, ChatTemplate
 from openllama.errors import InputError
+from openllama.quantized import quantize
 from openllama.tokenizer import OpenLlamaTokenizer
 from openllama.tokenizer.template import DEFAULT_TEMPLATE
 from tests.checkpoints import tiny_config
@@ -137,14 +138,14 @@ def test_a_template_is_read_from_a_file(tmp_path):
     assert template.end == "\n\n"
 
 
-@pytest.mark.parametrize("guesses", ["none", "lookup", "assistant"])
+@pytest.mark.parametrize("guesses", ["none", "lookup", "assistant", "rounded copy"])
 @pytest.mark.parametrize("taken", [1, 2, 4, 7])
 def test_what_an_interrupted_answer_guessed_ahead_is_not_remembered(tokenizer, guesses, taken):
     model = session_of(tokenizer).model
-    settings = {"lookup": {"prompt_lookup_num_tokens": 5}, "assistant": {"assistant_model": model}}.get(guesses, {})
-    generation_config = model.generation_config.replace(**{k: v for k, v in settings.items() if k != "assistant_model"})
-    models = {k: v for k, v in settings.items() if k == "assistant_model"}
-    session = ChatSession(model, tokenizer, max_new_tokens=20, generation_config=generation_config, **models)
+    generation_config = model.generation_config.replace(prompt_lookup_num_tokens=5 if guesses == "lookup" else None)
+    assistants = {"assistant": model, "rounded copy": quantize(copy.deepcopy(model), "int8")}
+    settings = {"generation_config": generation_config, "assistant_model": assistants.get(guesses)}
+    session = ChatSession(model, tokenizer, max_new_tokens=20, **settings)
     pieces = session.ask("the king, the king, the king,")
     for _ in range(taken):
         next(pieces)
@@ -155,6 +156,18 @@ def test_what_an_interrupted_answer_guessed_ahead_is_not_remembered(tokenizer, g
     anew = ChatSession(model, tokenizer, max_new_tokens=20)
     anew.turns = [before]
     assert say(anew, "And he?") == answer
+
+
+def test_a_rounded_copy_computes_no_turn_of_the_conversation(tokenizer):
+    """Only guesses, on the cache of the session."""
+    alone = session_of(tokenizer)
+    rounded, passes = quantize(copy.deepcopy(alone.model), "int8"), []
+    count_forwards(rounded, passes)
+    session = ChatSession(alone.model, tokenizer, max_new_tokens=8, assistant_model=rounded)
+    for question in ("Who art thou?", "And he?", "明月"):
+        assert say(session, question) == say(alone, question)
+        assert set(passes) == {1}
+        passes.clear()
 
 
 @pytest.mark.parametrize(

@@ -281,10 +281,16 @@ def test_every_strategy_is_reached_by_set(capsys, folder, settings):
     assert "5 tokens" in err
 
 
-def test_an_assistant_s_guesses_leave_the_text_as_it_is(capsys, folder):
-    arguments = ("generate", folder, "--prompt", "To be", "--max-new-tokens", 8, "--greedy")
+@pytest.mark.parametrize("fast", [[], ["--fast"]], ids=["plain", "fast"])
+@pytest.mark.parametrize("quantization", [None, "int4"])
+def test_an_assistant_s_guesses_leave_the_text_as_it_is(capsys, folder, tmp_path, quantization, fast):
+    arguments = ("generate", folder, "--prompt", "To be", "--max-new-tokens", 8, "--greedy", *fast)
     _, alone, _ = run(capsys, *arguments)
-    code, assisted, err = run(capsys, *arguments, "--assistant", folder)
+    assistant = folder
+    if quantization is not None:
+        assistant = tmp_path / quantization
+        assert run(capsys, "convert", folder, assistant, "--quantize", quantization)[0] == 0
+    code, assisted, err = run(capsys, *arguments, "--assistant", assistant)
     assert (code, assisted) == (0, alone), err
 
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from openllama import OpenLlamaForCausalLM, OpenLlamaTokenizer
 from openllama.cache import PreallocatedCache
 from openllama.generation.assisted import Lookup, Pace
 from openllama.generation.checks import prepare
 from openllama.generation.state import Sequences
+from openllama.inference import fast, loops, quantize
+from openllama.quantized.modules import QuantizedMatrix
 from tests.draw import examples
 from tests.generating import count_forwards, make_model
+from tests.sentencepieces import TINY_CHECKPOINT
 
 PROMPT = torch.tensor([[5, 9, 13, 2]])
 
@@ -165,14 +171,17 @@ def test_with_any_settings_the_ids_are_those_of_greedy_search(data, seed, lookup
             torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("guess", ["twin", "stranger", "lookup"])
+@pytest.mark.parametrize("guess", ["twin", "stranger", "lookup", "rounded copy"])
 def test_sampling_draws_from_the_models_own_distribution(guess):
     """Pairs of tokens, drawn 400 times, against their probabilities: chi-square."""
     model = make_model(2, vocab_size=5, initializer_range=0.2, num_hidden_layers=1)
     assistant = {
         "twin": make_model(2, vocab_size=5, initializer_range=0.2, num_hidden_layers=1),
         "stranger": make_model(9, vocab_size=5, num_hidden_layers=1),
+        "rounded copy": quantize(make_model(2, vocab_size=5, initializer_range=0.2, num_hidden_layers=1), "int4"),
     }
+    if guess == "rounded copy":
+        model.set_attn_implementation("sdpa")  # its cache does not grow, so that both can use it
     settings = {"prompt_lookup_num_tokens": 2} if guess == "lookup" else {"assistant_model": assistant[guess]}
     settings |= {"do_sample": True, "temperature": 0.8, "top_k": 4, "max_new_tokens": 2}
     prompt = torch.tensor([[1, 2, 3, 1, 2]])
@@ -239,3 +248,239 @@ def test_a_stream_that_is_left_early_has_cached_nothing_that_was_not_taken(model
     assert cache.get_seq_length() < ids.shape[1]
     expected = model.generate(ids, max_new_tokens=5)
     assert torch.equal(model.generate(ids, max_new_tokens=5, past_key_values=cache), expected)
+
+
+# ---- a rounded copy of the model, which guesses on the model's cache
+
+
+def quick(model):
+    model = fast(model)
+    assert not model.reason
+    return model
+
+
+WRAPS = {"plain": lambda model: model, "fast": quick}
+
+
+@pytest.fixture(autouse=True)
+def _same_on_every_machine(monkeypatch):
+    """The loops check guesses of up to 15 tokens, a number which a machine measures."""
+    monkeypatch.setattr(loops, "most_rows", lambda *_: 16)
+
+
+def pair(quantization="int4", seed=1, **fields):
+    """A model whose cache does not grow, and its rounded copy."""
+    models = make_model(seed, **fields), quantize(make_model(seed, **fields), quantization)
+    for one in models:
+        one.set_attn_implementation("sdpa")
+    return models
+
+
+def exact_pair(quantization="int4"):
+    """The same where the model has the rounded numbers, too, so that every guess is right."""
+    model, copy = pair(quantization)
+    for name, module in copy.named_modules():
+        if isinstance(module, QuantizedMatrix):
+            model.get_submodule(name).weight.data = module.dequantize().contiguous()
+    return model, copy
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """``computed(model)``: how many tokens each of its passes in generation has computed since the last call."""
+    passes, forward = [], Sequences.forward
+
+    def counting(sequences, *arguments, **named):
+        before = sequences.cache.get_seq_length()
+        result = forward(sequences, *arguments, **named)
+        passes.append((sequences.model, sequences.cache.get_seq_length() - before))
+        return result
+
+    def of(model):
+        found = [count for one, count in passes if one is model]
+        passes[:] = [(one, count) for one, count in passes if one is not model]
+        return found
+
+    monkeypatch.setattr(Sequences, "forward", counting)
+    return of
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("wraps", list(itertools.product(WRAPS, repeat=2)), ids="-".join)
+def test_a_rounded_copy_never_computes_the_prompt_and_changes_no_id(computed, quantization, wraps):
+    model, copy = (WRAPS[wrap](one) for wrap, one in zip(wraps, pair(quantization), strict=True))
+    prompt = torch.randint(4, 40, (1, 30), generator=torch.Generator().manual_seed(0))
+    greedy = model.generate(prompt, max_new_tokens=30)
+    computed(model)
+    assert torch.equal(model.generate(prompt, max_new_tokens=30, assistant_model=copy), greedy)
+    first, *checks = computed(model)
+    guesses = computed(copy)
+    assert first == 30, "the prompt alone"
+    assert len(checks) < 29, "some guesses were right"
+    assert set(guesses) == {1}
+    assert len(guesses) == sum(checks) - len(checks), "each pass of the copy is a token that the model checks"
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("past", ["none", "all but one", "some", "some, ids of the rest"])
+def test_a_copy_whose_rounding_loses_nothing_is_always_right(computed, wrap, padding, past):
+    """So it sees what the model sees, at the same positions, whatever is cached and whatever is padding."""
+    model, copy = map(WRAPS[wrap], exact_pair())
+    prompt = torch.randint(4, 40, (1, 12), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(prompt)
+    mask[:, :padding] = 0
+    settings = {"attention_mask": mask, "max_new_tokens": 25}
+    greedy = model.generate(prompt, **settings)[:, 12:]
+    cached = {"none": 0, "all but one": 11}.get(past, 7)
+    cache = PreallocatedCache(model.config, 1, 40 if cached == 11 else 8)  # used itself, or copied
+    if cached:
+        before = {"attention_mask": mask[:, :cached], "max_new_tokens": 1}
+        model.generate(prompt[:, :cached], past_key_values=cache, **before)
+    prompt = prompt[:, 7:] if past.endswith("rest") else prompt
+    computed(model)
+    ids = model.generate(prompt, past_key_values=cache, assistant_model=copy, **settings)
+    assert torch.equal(ids[:, prompt.shape[1] :], greedy)
+    checks = [4, 5, 6, 7, 2] if cached < 11 else [4, 5, 6, 7, 3]
+    assert computed(model) == ([12 - cached] if cached < 11 else []) + checks
+    assert set(computed(copy)) == {1}
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_the_cache_holds_the_models_own_keys_and_values(wrap, quantization):
+    model, copy = map(WRAPS[wrap], pair(quantization))
+    settings = {"max_new_tokens": 40, "return_dict_in_generate": True}
+    greedy = model.generate(PROMPT, **settings)
+    output = model.generate(PROMPT, assistant_model=copy, **settings)
+    with torch.no_grad():
+        rounded = copy(greedy.sequences[:, :-1]).past_key_values
+    assert type(output.past_key_values) is PreallocatedCache
+    for own, found, others in zip(greedy.past_key_values, output.past_key_values, rounded, strict=True):
+        torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-5)
+        assert min((own[i] - others[i]).abs().amax(dim=(0, 1, 3)).min() for i in (0, 1)) > 1e-3, "which others are not"
+
+
+@examples(25)
+@given(data=st.data(), seed=st.integers(0, 10**6), quantization=st.sampled_from(("int8", "int4")))
+def test_with_any_settings_a_rounded_copy_leaves_ids_scores_and_cache_as_they_are(data, seed, quantization):
+    eos = data.draw(st.sampled_from((None, 2, [2, 3])))
+    models = pair(quantization, seed, vocab_size=10, eos_token_id=eos)
+    model, copy = map(WRAPS[data.draw(st.sampled_from(tuple(WRAPS)))], models)
+    prompt = torch.randint(4, 10, (1, data.draw(st.integers(1, 6))), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(prompt)
+    mask[:, : data.draw(st.integers(0, prompt.shape[1] - 1))] = 0
+    settings = {
+        "attention_mask": mask,
+        "max_new_tokens": data.draw(st.integers(1, 20)),
+        "repetition_penalty": data.draw(st.sampled_from((1.0, 1.2))),
+        "min_new_tokens": data.draw(st.integers(0, 1)),
+        "logits_processor": data.draw(st.sampled_from(([], [lambda ids, scores: scores.roll(int(ids[0, -1]), -1)]))),
+        "stopping_criteria": data.draw(st.sampled_from((None, [lambda ids, scores: int(ids[0, -1]) == 7]))),
+        "return_dict_in_generate": True,
+        "output_scores": True,
+        "output_hidden_states": True,
+    }
+    greedy = model.generate(prompt, **settings)
+    output = model.generate(prompt, assistant_model=copy, **settings)
+    assert torch.equal(output.sequences, greedy.sequences)
+    torch.testing.assert_close(output.scores, greedy.scores, rtol=1e-3, atol=1e-4)
+    for left, right in zip(output.hidden_states, greedy.hidden_states, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-4)
+    first = int((mask == 0).sum())  # what padding caches is no matter
+    for left, right in zip(output.past_key_values, greedy.past_key_values, strict=True):
+        for found, own in zip(left, right, strict=True):
+            torch.testing.assert_close(found[:, :, first:], own[:, :, first:], rtol=1e-3, atol=1e-4)
+
+
+def stranger(seed=1, quantization="int4", **fields):
+    return quantize(make_model(seed, **fields), quantization)
+
+
+@pytest.mark.parametrize(
+    ("make_assistant", "model_is"),
+    [
+        (make_model, "sdpa"),
+        (lambda: stranger(num_hidden_layers=1), "sdpa"),
+        (lambda: stranger(max_position_embeddings=99), "sdpa"),
+        (lambda: stranger().to(torch.float64), "sdpa"),
+        (stranger, "eager"),
+        (stranger, "int4"),
+    ],
+    ids=["not rounded", "fewer layers", "another config", "another dtype", "a cache that grows", "rounded alike"],
+)
+def test_any_other_assistant_keeps_a_cache_of_its_own(computed, make_assistant, model_is):
+    model, assistant = stranger() if model_is == "int4" else make_model(), make_assistant()
+    model.set_attn_implementation("eager" if model_is == "eager" else "sdpa")
+    greedy = model.generate(PROMPT, max_new_tokens=20)
+    ids = model.generate(PROMPT, max_new_tokens=20, assistant_model=assistant)
+    assert torch.equal(ids, greedy)
+    assert computed(assistant)[0] == 4, "the prompt"
+
+
+def test_a_copy_that_is_rounded_more_than_the_model_shares_its_cache(computed):
+    model, copy = stranger(quantization="int8"), stranger()
+    model.set_attn_implementation("sdpa")
+    greedy = model.generate(PROMPT, max_new_tokens=20)
+    assert torch.equal(model.generate(PROMPT, max_new_tokens=20, assistant_model=copy), greedy)
+    assert set(computed(copy)) == {1}
+
+
+def test_keys_of_a_copy_that_fails_are_not_left_in_the_cache():
+    model, copy = exact_pair()
+    cache = PreallocatedCache(model.config, 1, 40)
+    asked = []
+
+    def fail(module, args):
+        asked.append(0)
+        if len(asked) == 5:  # the second token of its second guess
+            raise RuntimeError("no power")
+
+    copy.model.register_forward_pre_hook(fail)
+    tokens, taken = model.stream(PROMPT, max_new_tokens=20, assistant_model=copy, past_key_values=cache), []
+    with pytest.raises(RuntimeError, match="no power"):
+        taken.extend(tokens)
+    assert cache.get_seq_length() == 4 + len(taken) - 1
+    ids = torch.cat((PROMPT, torch.stack(taken, dim=1)), dim=1)
+    expected = model.generate(PROMPT, max_new_tokens=20)
+    assert torch.equal(model.generate(ids, max_length=24, past_key_values=cache), expected)
+
+
+@pytest.mark.parametrize("taken", [1, 2, 3, 5])
+def test_a_stream_with_a_rounded_copy_that_is_left_early_has_cached_only_what_was_taken(taken):
+    model, copy = exact_pair()
+    cache = PreallocatedCache(model.config, 1, 40)
+    tokens = model.stream(PROMPT, max_new_tokens=20, assistant_model=copy, past_key_values=cache)
+    ids = torch.cat((PROMPT, *(next(tokens)[None] for _ in range(taken))), dim=1)
+    del tokens
+    assert cache.get_seq_length() == ids.shape[1] - 1
+    expected = model.generate(ids, max_new_tokens=5)
+    assert torch.equal(model.generate(ids, max_new_tokens=5, past_key_values=cache), expected)
+
+
+def test_a_seed_draws_the_same_tokens_again_with_a_rounded_copy(computed):
+    model, copy = pair()
+
+    def draw(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return model.generate(PROMPT, max_new_tokens=30, do_sample=True, generator=generator, assistant_model=copy)
+
+    assert torch.equal(draw(3), draw(3))
+    assert not torch.equal(draw(3), draw(4))
+    assert computed(model)[:2] == [4, 4], "3 tokens are guessed first"
+
+
+@pytest.mark.parametrize(("quantization", "share"), [("int8", 0.9), ("int4", 0.6)])
+def test_a_rounded_copy_of_a_trained_model_is_mostly_right(monkeypatch, quantization, share):
+    learn, learnt = Pace.learn, []
+    monkeypatch.setattr(Pace, "learn", lambda pace, *counts: (learnt.append(counts), learn(pace, *counts))[1])
+    tokenizer = OpenLlamaTokenizer.from_pretrained(TINY_CHECKPOINT)
+    load = OpenLlamaForCausalLM.from_pretrained
+    model, copy = (fast(load(TINY_CHECKPOINT, dtype=torch.float32, quantize=to)) for to in (None, quantization))
+    for text in ("To be, or not to be: that is the", "Enter the King and", "My lord, I have", "What is thy name?"):
+        prompt = torch.tensor([tokenizer.encode(text)])
+        greedy = model.generate(prompt, max_new_tokens=60)
+        assert torch.equal(model.generate(prompt, max_new_tokens=60, assistant_model=copy), greedy)
+    guessed, right = map(sum, zip(*learnt, strict=True))
+    assert guessed > 100
+    assert right / guessed > share

@@ -83,7 +83,10 @@ def add_generation_options(command: argparse.ArgumentParser, max_new_tokens: int
     group.add_argument("--top-p", type=float, metavar="P", help="sample from the most likely tokens that sum up to P")
     group.add_argument("--seed", type=int, help="seed of sampling; the same seed gives the same text")
     group.add_argument(
-        "--assistant", type=Path, metavar="DIR", help="a smaller model with the same vocabulary, for assisted decoding"
+        "--assistant",
+        type=Path,
+        metavar="DIR",
+        help="for assisted decoding: a smaller model with the same vocabulary, or this model quantised",
     )
     group.add_argument(
         "--set",

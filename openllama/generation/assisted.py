@@ -8,6 +8,10 @@ model beyond its trained length rotates keys by the length they were computed at
 
 Guesses come from an assistant, a smaller model with the same vocabulary (Leviathan et al. 2023), or, for
 prompt lookup, from the sequence itself: what followed the last time it ended like this. ``Pace`` says how many.
+
+An assistant that is the model itself with rounded weights needs no prompt pass and no cache of its own: it guesses on
+the model's. Before the check the cache is cropped to what the model has computed, so that the model's keys and values
+overwrite those of the guess, and the cache never keeps a number of the rounded weights.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from openllama.cache import PreallocatedCache
 from openllama.generation.outputs import Step
 from openllama.generation.processors import apply
 from openllama.generation.sampling import pick
@@ -29,8 +34,8 @@ from openllama.outputs import CausalLMOutput
 @torch.no_grad()
 def guess_ahead(sequences: Sequences, request: Request) -> Iterator[Step]:
     """Yield the next token of the one sequence, (1,), until it has ended or reached the length."""
-    source = Lookup(request) if request.assistant is None else Assistant(request.assistant, request)
-    pace = SampledPace() if request.assistant is not None and request.config.do_sample else Pace(source.first)
+    source = _source(sequences, request)
+    pace = SampledPace() if type(source) is Assistant and request.config.do_sample else Pace(source.first)
     while sequences.length < request.config.max_length:
         start = sequences.length
         guess = source.guess(sequences.ids, min(pace.next(), request.config.max_length - start - 1))  # (n,)
@@ -59,6 +64,33 @@ def guess_ahead(sequences: Sequences, request: Request) -> Iterator[Step]:
                 raise
             if ended:
                 return
+
+
+def _source(sequences: Sequences, request: Request) -> Lookup | Assistant:
+    """What guesses for the model of ``sequences``."""
+    assistant, mask = request.assistant, request.attention_mask
+    if assistant is None:
+        return Lookup(request)
+    request = replace(request, config=request.config.replace(output_attentions=False, output_hidden_states=False))
+    if _can_share(sequences, assistant):
+        return RoundedCopy(assistant, replace(request, past=sequences.cache))
+    if mask is not None:
+        mask = mask[:, -request.input_ids.shape[1] :]
+    return Assistant(assistant, replace(request, attention_mask=mask, offset=0, past=None))
+
+
+def _can_share(sequences: Sequences, assistant: LanguageModel) -> bool:
+    """Whether ``assistant`` is the model, rounded, and writes its keys and values as they lie in the model's cache."""
+    own, config = sequences.model.config, assistant.config
+    if config.quantization in (None, own.quantization):
+        return False
+    if replace(config, quantization=own.quantization, extra=own.extra) != own:
+        return False
+    if not isinstance(sequences.cache, PreallocatedCache):  # that of eager grows, for the bits of transformers
+        return False
+    keys = sequences.cache.storage[0][0]
+    heads = keys.shape[1]  # a process of several may have a part of them
+    return (heads, keys.dtype, keys.device) == (config.num_attention_heads, assistant.dtype, assistant.device)
 
 
 def _count_right(guess: list[int], picked: list[int]) -> int:
@@ -147,30 +179,44 @@ class Assistant:
     first = 3  # a pass over 4 tokens takes about as long as one over a single token
 
     def __init__(self, model: LanguageModel, request: Request) -> None:
-        config = request.config.replace(output_attentions=False, output_hidden_states=False)
-        mask = request.attention_mask
-        if mask is not None:
-            mask = mask[:, -request.input_ids.shape[1] :]
-        self.request = replace(request, config=config, attention_mask=mask, offset=0, past=None)
-        self.ends = request.config.eos_token_ids
-        self.sequences = Sequences(model, self.request)
+        self.request, self.ends = request, request.config.eos_token_ids
+        self.sequences = Sequences(model, request)
 
     def guess(self, ids: Tensor, count: int) -> Tensor:
         """Up to ``count`` tokens, (n,), to follow ids (1, L), and none after one that ends the sequence.
 
         With none wanted, ids are taken note of, and computed with the next guess.
         """
-        length = ids.shape[1]
-        known = min(self.sequences.length, length - 1)
-        self.sequences.crop(known)  # what came after was guessed, and may have been wrong
-        self.sequences.append(ids[:, known:])
+        self.sequences.crop(min(self.sequences.length, ids.shape[1] - 1))  # what came after may have been wrong
+        return self._continue(ids, count)
+
+    def _continue(self, ids: Tensor, count: int) -> Tensor:
+        """The guess, after taking over those of ids that are not among its own."""
+        self.sequences.append(ids[:, self.sequences.length :])
         for _ in range(count):
             logits, _ = self.sequences.forward()
             token = apply(self.request.processors, self.sequences.ids, logits[:, -1]).argmax(dim=-1)
             self.sequences.append(token)
             if self.ends and int(token) in self.ends:
                 break
-        return self.sequences.ids[0, length:]
+        return self.sequences.ids[0, ids.shape[1] :]
+
+
+class RoundedCopy(Assistant):
+    """The model itself with rounded weights, which guesses on the model's cache: its sequences have that cache."""
+
+    def guess(self, ids: Tensor, count: int) -> Tensor:
+        """As an ``Assistant``; none before the model has computed all tokens but the last, as it has after each step.
+
+        The model computes that token and the guess anew: they are not left in its cache, whatever happens here.
+        """
+        computed = ids.shape[1] - 1
+        if self.sequences.cache.get_seq_length() < self.request.offset + computed:
+            return ids[0, :0]
+        try:
+            return self._continue(ids, count)
+        finally:
+            self.sequences.crop(computed)
 
 
 def _process(ids: Tensor, logits: Tensor, request: Request) -> Tensor:
