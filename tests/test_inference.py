@@ -27,14 +27,14 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.modules.module import register_module_forward_hook
 
-from openllama import OpenLlamaForCausalLM, OpenLlamaTokenizer
+from openllama import OpenLlamaForCausalLM, OpenLlamaTokenizer, compiler
 from openllama.attention import register_backend, sdpa_attention
 from openllama.cache import PreallocatedCache
 from openllama.cli import main
 from openllama.errors import BackendError, InputError
 from openllama.generation import generate, stream
 from openllama.generation.assisted import Pace
-from openllama.inference import FastModel, compiler, fast, loops, prompts, quantize, structs, threshold
+from openllama.inference import FastModel, fast, kernels, loops, prompts, quantize, structs, threshold
 from openllama.inference.loops import Loops
 from openllama.inference.prompts import multiply, restore
 from openllama.model import MLP, Inputs, RMSNorm
@@ -235,7 +235,7 @@ def product(matrix: Tensor, x: Tensor, weights: str) -> tuple[Tensor, Tensor]:
     struct = structs.Matrix(stored.data_ptr(), scale.data_ptr(), *matrix.shape, WEIGHTS[weights])
     size = len(x) * len(matrix)
     y = torch.full((size + 64,), 7.0)
-    compiler.library().openllama_product(struct, x.data_ptr(), y.data_ptr(), len(x), 2)
+    kernels.library().openllama_product(struct, x.data_ptr(), y.data_ptr(), len(x), 2)
     assert (y[size:] == 7).all()
     return y[:size].view(len(x), -1).double(), x.double() @ exact.double().T
 
@@ -1042,7 +1042,7 @@ def test_it_is_built_once_for_all_processes(model, anew):
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     """A matrix that is multiplied in no time; what was measured before is forgotten, and is kept in another folder."""
-    product = compiler.library().openllama_product
+    product = kernels.library().openllama_product
     built = SimpleNamespace(_name=str(tmp_path / "kernels-1.so"), openllama_product=product)
     monkeypatch.setattr(threshold, "library", lambda: built)
     monkeypatch.setattr(threshold, "SHAPE", (70, 96))
@@ -1114,9 +1114,7 @@ def test_the_loops_take_what_was_measured_for_their_weights_and_never_more_than_
 
 def test_subnormal_numbers_stay_after_the_loops_are_loaded():
     """Libraries built with -ffast-math would set a flag of the processor."""
-    code = (
-        "import torch; from openllama.inference.compiler import library as f; f(); print(torch.tensor(1e-40) * 1 > 0)"
-    )
+    code = "import torch; from openllama.inference.kernels import library as f; f(); print(torch.tensor(1e-40) * 1 > 0)"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output == "tensor(True)\n"
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from openllama.inference.compiler import library
+from openllama.inference.kernels import library
 from openllama.inference.prompts import use_loops
 from openllama.inference.structs import KINDS, QUANTIZED, Matrix
 from openllama.products import FastProducts
