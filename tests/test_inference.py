@@ -45,7 +45,6 @@ from tests.generating import make_model
 from tests.sentencepieces import corpus
 
 TINY = Path(__file__).parents[1] / "checkpoints" / "open-llama-tiny"
-PROCESSORS = {"AVX-512": ["-march=x86-64-v4"], "AVX2": ["-march=x86-64-v3"], "SSE4": ["-march=x86-64-v2"]}
 
 WEIGHTS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}  # and the numbers of their kinds
 
@@ -142,20 +141,6 @@ def test_a_pass_has_the_logits_and_the_cache_of_the_model(
     torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=2e-5 * scale)
     for ours, theirs in zip(found.past_key_values, expected.past_key_values, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5 * scale)
-
-
-@pytest.fixture(params=["this processor", *PROCESSORS])
-def processor(request, monkeypatch):
-    """Loops are built for a processor; the name of it."""
-    name = request.param
-    if name in PROCESSORS:
-        cpu = Path("/proc/cpuinfo").read_text()
-        if "flags" not in cpu or (name == "AVX-512" and "avx512bw" not in cpu):
-            pytest.skip(f"this processor cannot run {name}")
-        monkeypatch.setattr(compiler, "_tuned", lambda: PROCESSORS[name])
-    compiler.library.cache_clear()
-    yield name
-    compiler.library.cache_clear()
 
 
 @torch.no_grad()

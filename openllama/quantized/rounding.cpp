@@ -11,6 +11,8 @@
 #include <cstring>
 #include <vector>
 
+#define INLINE __attribute__((always_inline))
+
 namespace {
 
 struct Matrix {  // rows of numbers, `stride` numbers apart
@@ -27,8 +29,10 @@ struct Format {
 constexpr int GROUP = 32;  // numbers that share a scale of int4
 #ifdef __AVX512F__
 constexpr int BYTES = 64;
-#else
+#elif defined(__AVX2__)
 constexpr int BYTES = 32;
+#else
+constexpr int BYTES = 16;
 #endif
 constexpr int LANES = BYTES / 4;  // groups that are computed at a time, each in a lane of the vectors
 typedef float Floats __attribute__((vector_size(BYTES)));
@@ -83,6 +87,7 @@ inline bool finite(uint32_t size) { return size < 0x7f800000; }
 template <class T>
 struct Products {
     T along, square;  // <w, q> and <q, q>
+    Products operator+(Products other) const { return {along + other.along, square + other.square}; }
 };
 
 template <class T>
@@ -168,35 +173,31 @@ struct Groups {
         return (Floats)((word + 0x7fff + (word >> 16 & 1)) & 0xffff0000);
     }
 
+    // By halves: the sum of the terms j, j + COUNT, j + 2 COUNT ... of each group.
+    template <int COUNT, class Term>
+    INLINE static auto sum(int j, const Term& term) {
+        if constexpr (COUNT == GROUP)
+            return term(j);
+        else
+            return sum<2 * COUNT>(j, term) + sum<2 * COUNT>(j + COUNT, term);
+    }
+
     Products<Floats> products(Floats inverse, const Format& form) const {
-        Floats along[GROUP / 2], square[GROUP / 2];
-        for (int j = 0; j < GROUP / 2; j++) {
-            const Floats a = w[j], b = w[j + GROUP / 2];
-            const Floats p = nearest(a * inverse, form), q = nearest(b * inverse, form);
-            along[j] = a * p + b * q;
-            square[j] = p * p + q * q;
-        }
-        return {sum(along), sum(square)};
+        return sum<1>(0, [&](int j) INLINE {
+            const Floats q = nearest(w[j] * inverse, form);
+            return Products<Floats>{w[j] * q, q * q};
+        });
     }
 
     Floats error(Floats scale, const Format& form) const {
         const Floats inverted = inverse(scale);
-        Floats terms[GROUP / 2];
-        for (int j = 0; j < GROUP / 2; j++) {
-            const Floats a = w[j], b = w[j + GROUP / 2];
-            const Floats p = nearest(a * inverted, form) * scale - a, q = nearest(b * inverted, form) * scale - b;
-            terms[j] = p * p + q * q;
-        }
-        return sum(terms);
+        return sum<1>(0, [&](int j) INLINE {
+            const Floats off = nearest(w[j] * inverted, form) * scale - w[j];
+            return off * off;
+        });
     }
 
     static Floats absolute(Floats x) { return (Floats)((Words)x & 0x7fffffff); }
-
-    static Floats sum(Floats* terms) {  // what is left after the first halves
-        for (int half = GROUP / 4; half; half /= 2)
-            for (int j = 0; j < half; j++) terms[j] += terms[j + half];
-        return terms[0];
-    }
 
     Floats peak() const {
         Floats least = w[0], most = w[0];

@@ -81,11 +81,12 @@ def round_matrix(weight: Tensor, quantization: str) -> tuple[Tensor, Tensor]:
     stored = torch.empty(shapes[0], dtype=form.weight_dtype, device=weight.device)
     scales = torch.empty(shapes[1], dtype=form.scale_dtype, device=weight.device)
     finite = loops.round_matrix(weight, stored, scales, form.divisors, form.low, form.high)
-    if finite is None and not weight.is_meta:
+    if finite is not None:
+        _refuse_unless(finite)
+    elif not weight.is_meta:
         part = round_rows if quantization == "int8" else round_groups
         for places, rows in _blocks(weight):
             stored[places], scales[places] = part(rows, form)
-    _refuse_unless(finite is not False)
     return stored, scales
 
 
@@ -101,10 +102,11 @@ def naming(name: str) -> Iterator[None]:
 def check_finite(weight: Tensor) -> None:
     """Raise ``InputError`` for a matrix that ``round_matrix`` refuses; one on the meta device has no numbers."""
     finite = loops.is_finite(weight)
-    if finite is None and not weight.is_meta:
+    if finite is not None:
+        _refuse_unless(finite)
+    elif not weight.is_meta:
         for _, rows in _blocks(weight):
             _check_range(*rows.aminmax())
-    _refuse_unless(finite is not False)
 
 
 def _blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
