@@ -36,7 +36,7 @@ def run(environment: Path, program: str, *arguments: object, where: Path) -> str
 def check_files(wheel: Path) -> None:
     """Every file of the package is in the wheel, ``py.typed`` and the loops among them, and nothing else."""
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "openllama").rglob("*.py")}
-    package |= {"openllama/py.typed", "openllama/inference/kernels.cpp"}
+    package |= {"openllama/py.typed", "openllama/inference/kernels.cpp", "openllama/quantized/rounding.cpp"}
     with zipfile.ZipFile(wheel) as archive:
         found = {name for name in archive.namelist() if ".dist-info/" not in name}
     if found != package:

@@ -15,6 +15,7 @@ dropin      arguments of transformers that there are not, and what to do instead
 losses      what training minimises
 recompute   training in less memory
 surgery     vocabularies of another size
+compiler    loops in C++, built for the processor at hand
 products    many rows at a time, in the way that is fast on a processor
 quantized   matrices in 8 or 4 bits
 tokenizer   text to ids and back

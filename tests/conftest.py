@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from openllama import compiler
 
 quiet = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
 settings.register_profile("ci", derandomize=True, deadline=None, suppress_health_check=quiet, database=None)
@@ -25,6 +28,23 @@ def _fixed_seed_and_threads() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+PROCESSORS = {"AVX-512": ["-march=x86-64-v4"], "AVX2": ["-march=x86-64-v3"], "SSE4": ["-march=x86-64-v2"]}
+
+
+@pytest.fixture(params=["this processor", *PROCESSORS])
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Loops are built for a processor; the name of it."""
+    name = request.param
+    if name in PROCESSORS:
+        cpu = Path("/proc/cpuinfo").read_text()
+        if "flags" not in cpu or (name == "AVX-512" and "avx512bw" not in cpu):
+            pytest.skip(f"this processor cannot run {name}")
+        monkeypatch.setattr(compiler, "_tuned", lambda: PROCESSORS[name])
+    compiler.library.cache_clear()
+    yield name
+    compiler.library.cache_clear()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -18,8 +18,8 @@ import torch
 
 from benchmarks.suite import bars, report
 from benchmarks.suite.models import SHAPES, TINY
+from openllama import compiler
 from openllama.config import QUANTIZATIONS
-from openllama.inference import compiler
 from tests.tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -27,14 +27,14 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.modules.module import register_module_forward_hook
 
-from openllama import OpenLlamaForCausalLM, OpenLlamaTokenizer
+from openllama import OpenLlamaForCausalLM, OpenLlamaTokenizer, compiler
 from openllama.attention import register_backend, sdpa_attention
 from openllama.cache import PreallocatedCache
 from openllama.cli import main
 from openllama.errors import BackendError, InputError
 from openllama.generation import generate, stream
 from openllama.generation.assisted import Pace
-from openllama.inference import FastModel, compiler, fast, loops, prompts, quantize, structs, threshold
+from openllama.inference import FastModel, fast, kernels, loops, prompts, quantize, structs, threshold
 from openllama.inference.loops import Loops
 from openllama.inference.prompts import LoopProducts, _many, linear, multiply, restore
 from openllama.model import MLP, Inputs, RMSNorm
@@ -46,7 +46,6 @@ from tests.generating import make_model
 from tests.sentencepieces import corpus
 
 TINY = Path(__file__).parents[1] / "checkpoints" / "open-llama-tiny"
-PROCESSORS = {"AVX-512": ["-march=x86-64-v4"], "AVX2": ["-march=x86-64-v3"], "SSE4": ["-march=x86-64-v2"]}
 
 WEIGHTS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}  # and the numbers of their kinds
 
@@ -144,20 +143,6 @@ def test_a_pass_has_the_logits_and_the_cache_of_the_model(
     torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=2e-5 * scale)
     for ours, theirs in zip(found.past_key_values, expected.past_key_values, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5 * scale)
-
-
-@pytest.fixture(params=["this processor", *PROCESSORS])
-def processor(request, monkeypatch):
-    """Loops are built for a processor; the name of it."""
-    name = request.param
-    if name in PROCESSORS:
-        cpu = Path("/proc/cpuinfo").read_text()
-        if "flags" not in cpu or (name == "AVX-512" and "avx512bw" not in cpu):
-            pytest.skip(f"this processor cannot run {name}")
-        monkeypatch.setattr(compiler, "_tuned", lambda: PROCESSORS[name])
-    compiler.library.cache_clear()
-    yield name
-    compiler.library.cache_clear()
 
 
 @torch.no_grad()
@@ -275,7 +260,7 @@ def product(matrix: Tensor, x: Tensor, weights: str) -> tuple[Tensor, Tensor]:
     struct = structs.Matrix(stored.data_ptr(), scale.data_ptr(), *matrix.shape, WEIGHTS[weights])
     size = len(x) * len(matrix)
     y = torch.full((size + 64,), 7.0)
-    compiler.library().openllama_product(struct, x.data_ptr(), y.data_ptr(), len(x), 2)
+    kernels.library().openllama_product(struct, x.data_ptr(), y.data_ptr(), len(x), 2)
     assert (y[size:] == 7).all()
     return y[:size].view(len(x), -1).double(), x.double() @ exact.double().T
 
@@ -1082,7 +1067,7 @@ def test_it_is_built_once_for_all_processes(model, anew):
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     """A matrix that is multiplied in no time; what was measured before is forgotten, and is kept in another folder."""
-    product = compiler.library().openllama_product
+    product = kernels.library().openllama_product
     built = SimpleNamespace(_name=str(tmp_path / "kernels-1.so"), openllama_product=product)
     monkeypatch.setattr(threshold, "library", lambda: built)
     monkeypatch.setattr(threshold, "SHAPE", (70, 96))
@@ -1175,9 +1160,7 @@ def test_the_loops_take_what_was_measured_for_their_weights_and_never_more_than_
 
 def test_subnormal_numbers_stay_after_the_loops_are_loaded():
     """Libraries built with -ffast-math would set a flag of the processor."""
-    code = (
-        "import torch; from openllama.inference.compiler import library as f; f(); print(torch.tensor(1e-40) * 1 > 0)"
-    )
+    code = "import torch; from openllama.inference.kernels import library as f; f(); print(torch.tensor(1e-40) * 1 > 0)"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output == "tensor(True)\n"
 

@@ -17,8 +17,8 @@ from .turns import Worker, engine_command, engine_environment
 
 Answer = dict[str, Any]  # as of a worker: "seconds", or an "error"
 BUILD = (
-    "import time, torch; start = time.perf_counter(); from openllama.inference import compiler, structs, threshold; "
-    "compiler.library(); threshold.most_rows(structs.KINDS[torch.bfloat16], torch.bfloat16, torch.get_num_threads()); "
+    "import time, torch; start = time.perf_counter(); from openllama.inference import kernels, structs, threshold; "
+    "kernels.library(); threshold.most_rows(structs.KINDS[torch.bfloat16], torch.bfloat16, torch.get_num_threads()); "
     "print(time.perf_counter() - start)"
 )
 

@@ -12,7 +12,7 @@ reading      the addresses of the weights, where the loops compute what the mode
 threshold    up to how many tokens the loops are faster
 prompts      quantised matrices of prompts
 structs      what the loops are given
-compiler     builds them for this processor
+kernels      builds and loads them
 kernels.cpp  the loops: a pass of a few tokens through the whole model
 """
 

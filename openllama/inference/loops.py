@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from openllama.cache import PreallocatedCache
-from openllama.inference.compiler import library
+from openllama.inference.kernels import library
 from openllama.inference.prompts import use_loops
 from openllama.inference.reading import Reading, check_settings
 from openllama.inference.structs import KINDS, Pass

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from openllama.checks import PLAIN, is_transformed
 from openllama.errors import BackendError
-from openllama.inference.compiler import library
+from openllama.inference.kernels import library
 from openllama.inference.structs import KINDS, QUANTIZED, Matrix
 from openllama.products import MANY, FastProducts
 from openllama.quantized.modules import QuantizedMatrix

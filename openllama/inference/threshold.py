@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from openllama import products
-from openllama.inference.compiler import library
+from openllama.inference.kernels import library
 from openllama.inference.prompts import LoopProducts, linear, use_loops
 from openllama.inference.structs import KINDS, QUANTIZED, Matrix
 from openllama.products import FastProducts

@@ -9,6 +9,8 @@ That scale serves the largest number alone. Here it is found by least squares: f
 (w - q * scale)^2 is smallest at <w, q> / <q, q>. int4 also tries smaller scales, which clip the largest numbers and
 round all others more finely; with 8 bits that never pays. As in llama.cpp's Q4_0, a scale of int4 may be negative: the
 integers reach from -8 to 7, and the largest number may lie at -8, whatever its sign is.
+
+Many numbers are rounded by ``rounding.cpp`` (see ``loops``), which has the same functions and computes the same bits.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openllama.errors import InputError
+from openllama.quantized import loops
 
 GROUP = 32  # numbers of an int4 row that share a scale
 BLOCK = 2**17  # numbers that are rounded at a time: what is computed of them stays in a cache
@@ -77,9 +80,13 @@ def round_matrix(weight: Tensor, quantization: str) -> tuple[Tensor, Tensor]:
     shapes = form.shapes(*weight.shape)
     stored = torch.empty(shapes[0], dtype=form.weight_dtype, device=weight.device)
     scales = torch.empty(shapes[1], dtype=form.scale_dtype, device=weight.device)
-    part = round_rows if quantization == "int8" else round_groups
-    for places, rows in _blocks(weight) if not weight.is_meta else ():
-        stored[places], scales[places] = part(rows, form)
+    finite = loops.round_matrix(weight, stored, scales, form.divisors, form.low, form.high)
+    if finite is not None:
+        _refuse_unless(finite)
+    elif not weight.is_meta:
+        part = round_rows if quantization == "int8" else round_groups
+        for places, rows in _blocks(weight):
+            stored[places], scales[places] = part(rows, form)
     return stored, scales
 
 
@@ -94,7 +101,10 @@ def naming(name: str) -> Iterator[None]:
 
 def check_finite(weight: Tensor) -> None:
     """Raise ``InputError`` for a matrix that ``round_matrix`` refuses; one on the meta device has no numbers."""
-    if not weight.is_meta:
+    finite = loops.is_finite(weight)
+    if finite is not None:
+        _refuse_unless(finite)
+    elif not weight.is_meta:
         for _, rows in _blocks(weight):
             _check_range(*rows.aminmax())
 
@@ -108,7 +118,11 @@ def _blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _check_range(least: Tensor, most: Tensor) -> None:
-    if not (least.isfinite().all() and most.isfinite().all()):
+    _refuse_unless(bool(least.isfinite().all() and most.isfinite().all()))
+
+
+def _refuse_unless(finite: bool) -> None:
+    if not finite:
         raise InputError("a matrix that holds NaN or infinity in float32 cannot be quantised")
 
 
@@ -129,8 +143,9 @@ def round_groups(rows: Tensor, form: Format) -> tuple[Tensor, Tensor]:
 
 
 def integers(w: Tensor, scale: Tensor, form: Format, out: Tensor | None = None) -> Tensor:
-    """The nearest integers, as floats; 0 where the scale is 0."""
-    return torch.mul(w, torch.where(scale == 0, 0, 1 / scale), out=out).round_().clamp_(form.low, form.high)
+    """The nearest integers, as floats; 0 where the scale is 0, or too small to have an inverse."""
+    inverse = 1 / scale
+    return torch.mul(w, inverse.where(inverse.isfinite(), 0), out=out).round_().clamp_(form.low, form.high)
 
 
 def nearest_scale(w: Tensor, form: Format) -> Tensor:

@@ -1,4 +1,4 @@
-"""Builds ``kernels.cpp`` for the processor at hand with the system's compiler, once, and loads it."""
+"""Builds loops in C++ for the processor at hand with the system's compiler, once, and loads them."""
 
 from __future__ import annotations
 
@@ -14,63 +14,65 @@ import stat
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
 
 from openllama.errors import BackendError
-from openllama.inference.structs import Matrix, Model, Pass
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
 COMPILERS = ("c++", "g++", "clang++")  # after $CXX
 # No -ffast-math: a library that is built with it rounds the subnormal numbers of the whole process to zero.
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-w", "-shared", "-fPIC", "-fopenmp")
+FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-w", "-shared", "-fPIC", "-fopenmp")
 SECONDS = 120
 DEPENDS = ("CXX", "PATH", "OPENLLAMA_CACHE", "XDG_CACHE_HOME", "HOME", "TMPDIR")  # variables that may mend a failure
-_failures: dict[tuple[str | None, ...], str] = {}  # by the values of these, what has been tried in vain
+_failures: dict[tuple[str | None, ...], str] = {}  # by source and the values of these, what has been tried in vain
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
-    """The loops, built at the first use on a machine (seconds) and then loaded from their folder.
+def library(source: Path, declare: Callable[[ctypes.CDLL], object], *flags: str) -> ctypes.CDLL:
+    """The loops of ``source``, built at the first use on a machine (seconds) and then loaded from their folder.
 
-    Raises ``BackendError`` where they cannot be built, which this process does not try twice in the same environment.
+    ``declare`` sets the types of their functions; ``flags`` are for this source alone. Raises ``BackendError`` where
+    they cannot be built, which this process does not try twice in the same environment.
     """
-    given = tuple(map(os.environ.get, DEPENDS))
+    given = (source.name, *map(os.environ.get, DEPENDS))
     if given not in _failures:
         try:
-            return _loaded()
+            return _loaded(source, declare, flags)
         except BackendError as error:
             _failures[given] = str(error)
     raise BackendError(_failures[given])
 
 
-def _loaded() -> ctypes.CDLL:
-    command = [*_compiler(), *FLAGS, *_tuned()]
-    key = "\0".join((*command, SOURCE.read_text(encoding="utf-8"), _version(command[0]), _processor()))
-    name = f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    path = folder(name) / name
-    if not path.exists():
-        _build(command, path)
+def is_built(source: Path, *flags: str) -> bool:
+    """Whether ``library`` would find the loops of ``source`` built."""
     try:
-        return _declared(ctypes.CDLL(str(path)))
+        return _built(source, flags)[1].exists()
+    except BackendError:
+        return False
+
+
+def _loaded(source: Path, declare: Callable[[ctypes.CDLL], object], flags: tuple[str, ...]) -> ctypes.CDLL:
+    command, path = _built(source, flags)
+    if not path.exists():
+        _build([*command, str(source)], path)
+    try:
+        loops = ctypes.CDLL(str(path))
+        declare(loops)
+        return loops
     except (OSError, AttributeError) as error:
         raise BackendError(
             f"{path} cannot be loaded: {error}; remove it, and the next process builds it again"
         ) from error
 
 
-def _declared(loops: ctypes.CDLL) -> ctypes.CDLL:
-    for product in (loops.openllama_product, loops.openllama_many):
-        product.restype = None
-        product.argtypes = [ctypes.POINTER(Matrix), *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 2]
-    loops.openllama_restore.restype = None
-    loops.openllama_restore.argtypes = [ctypes.POINTER(Matrix), ctypes.c_void_p, *[ctypes.c_int64] * 2]
-    loops.openllama_room.restype = ctypes.c_int64
-    loops.openllama_room.argtypes = [ctypes.POINTER(Model), *[ctypes.c_int64] * 4]
-    loops.openllama_forward.restype = None
-    loops.openllama_forward.argtypes = [ctypes.POINTER(Model), ctypes.POINTER(Pass)]
-    return loops
+def _built(source: Path, flags: tuple[str, ...]) -> tuple[list[str], Path]:
+    """The command that builds ``source`` here, without its name, and where what it builds is kept."""
+    command = [*_compiler(), *FLAGS, *flags, *_tuned()]
+    key = "\0".join((*command, source.read_text(encoding="utf-8"), _version(command[0]), _processor()))
+    name = f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    return command, folder(name) / name
 
 
 def folder(name: str) -> Path:
@@ -158,9 +160,7 @@ def _build(command: list[str], path: Path) -> None:
             tqdm(total=1, desc="compiling for this processor", leave=False, disable=None, file=sys.stderr) as bar,
         ):
             built = Path(work, path.name)
-            subprocess.run(
-                [*command, str(SOURCE), "-o", str(built)], check=True, capture_output=True, text=True, timeout=SECONDS
-            )
+            subprocess.run([*command, "-o", str(built)], check=True, capture_output=True, text=True, timeout=SECONDS)
             if not built.exists():
                 raise BackendError(f"{command[0]} ended without an error, but wrote no file; set CXX to a C++ compiler")
             built.replace(path)
