@@ -1031,12 +1031,39 @@ def test_a_library_that_has_no_loops_is_a_reason(model, anew, monkeypatch):
 
 
 def test_it_is_built_once_for_all_processes(model, anew):
+    def files() -> dict[str, int]:
+        return {file.suffix: file.stat().st_mtime_ns for file in anew.iterdir()}
+
     fast(model)
-    [built] = anew.iterdir()
-    before = built.stat().st_mtime_ns
+    before = files()
+    assert set(before) == {".so", ".sha256"}
     compiler.library.cache_clear()
     fast(model)
-    assert [file.stat().st_mtime_ns for file in anew.iterdir()] == [before]
+    assert files() == before
+
+
+def test_a_library_that_was_cut_is_built_again(anew):
+    compiler.library()
+    [library] = anew.glob("*.so")
+    content = library.read_bytes()
+    library.unlink()  # this process has it in memory
+    library.write_bytes(content[: len(content) // 2])
+    code = "from openllama.inference.compiler import library; library()"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0, "SIGBUS would be -7"
+    assert compiler._is_whole(library)
+    library.with_suffix(".sha256").write_bytes(b"\xff")
+    assert not compiler._is_whole(library)
+
+
+def test_a_folder_is_named_from_that_of_the_user_or_where_the_process_is(anew, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name, expected in (("~/loops", tmp_path / "loops"), (".", tmp_path)):
+        monkeypatch.setenv("OPENLLAMA_CACHE", name)
+        assert compiler.folder("kernels.so") == expected
+    monkeypatch.setenv("OPENLLAMA_CACHE", "~no-such-user/loops")
+    with pytest.raises(BackendError, match=r"OPENLLAMA_CACHE is no folder: ~no-such-user/loops \("):
+        compiler.folder("kernels.so")
 
 
 @pytest.fixture
