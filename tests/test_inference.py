@@ -1168,3 +1168,11 @@ def test_generate_fast_prints_what_generate_prints(capsys):
         assert main([*arguments, *extra]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
+
+
+def test_what_is_measured_on_a_machine_is_no_part_of_the_speed_that_is_printed(capsys, monkeypatch):
+    events = []
+    monkeypatch.setattr(loops, "most_rows", lambda *_: events.append("measured") or 16)
+    monkeypatch.setattr("openllama.cli.generate._print_continuation", lambda *_: events.append("text") or 1)
+    assert main(["generate", str(TINY), "--prompt", "The king", "--fast", "--assistant", str(TINY)]) == 0
+    assert events == ["measured", "measured", "text"], "the model and its assistant"
