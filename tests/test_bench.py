@@ -396,3 +396,13 @@ def test_the_quality_of_several_texts_is_one_table(tmp_path, monkeypatch, capsys
     assert rows["float32"][1:3] == ["0", "100.00"]
     assert 0 < float(rows["int8"][1]) < 0.01
     assert rows["int8"][:3] == rows["int8"][3:]
+
+
+def test_a_text_that_is_missing_is_refused_in_a_line_before_another_is_computed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quality, "held_out_windows", None)
+    monkeypatch.setattr(sys, "argv", ["quality.py", "--text", __file__, "--text", str(tmp_path / "none.txt")])
+    with pytest.raises(SystemExit):
+        quality.main()
+    assert capsys.readouterr().err.splitlines()[-1] == f"quality.py: error: --text {tmp_path / 'none.txt'}: " + (
+        "there is no such file"
+    )
