@@ -22,6 +22,7 @@ from openllama.checkpoint import quantize as rounding_while_reading
 from openllama.checkpoint.pieces import pieces
 from openllama.config import QUANTIZATIONS
 from openllama.errors import CheckpointError, ConfigError, InputError, KeyMismatchError, heard
+from openllama.inference import structs
 from openllama.parallel import load
 from openllama.quantized import QuantizedEmbedding, QuantizedLinear, QuantizedSharedHead, quantize, rounding
 from openllama.quantized.modules import QuantizedMatrix
@@ -137,17 +138,15 @@ def test_blocks_of_rows_do_not_change_the_result(quantization: str, monkeypatch:
     assert all(map(torch.equal, whole, round_matrix(matrix, quantization)))
 
 
-def test_the_config_names_the_formats() -> None:
-    assert list(QUANTIZATIONS) == list(FORMATS)
+def test_the_config_and_the_loops_name_the_formats() -> None:
+    assert list(QUANTIZATIONS) == list(FORMATS) == list(structs.QUANTIZED)
 
 
 @both
-def test_a_module_keeps_the_name_of_its_format(quantization: str) -> None:
+def test_every_matrix_of_a_model_has_the_bits_of_its_format(quantization: str) -> None:
     model = quantize(tiny_model(), quantization)
     modules = [module for module in model.modules() if isinstance(module, QuantizedMatrix)]
-    assert {(module.quantization, FORMATS[quantization].bits) for module in modules} == {
-        (quantization, modules[0].bits)
-    }
+    assert {module.bits for module in modules} == {FORMATS[quantization].bits}
 
 
 # ---- modules

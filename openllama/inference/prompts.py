@@ -51,7 +51,7 @@ def multiply(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor | None:
 
 
 def _matrix(weight: Tensor, scale: Tensor, columns: int) -> Matrix:
-    kind = QUANTIZED[8 if weight.dtype == torch.int8 else 4]
+    kind = QUANTIZED["int8" if weight.dtype == torch.int8 else "int4"]
     return Matrix(weight.data_ptr(), scale.data_ptr(), len(weight), columns, kind)
 
 
