@@ -64,7 +64,8 @@ class Worker:
         self.process.wait()
         for file in (self.process.stdin, self.process.stdout, self.errors):
             if file is not None:
-                file.close()
+                with contextlib.suppress(OSError):  # a command that it did not live to read is still to be written
+                    file.close()
 
 
 def engine_command(engine: Engine, python: Path, model: Path, shape: Shape, threads: int) -> list[str | Path]:
