@@ -42,6 +42,8 @@ def guess_ahead(sequences: Sequences, request: Request) -> Iterator[Step]:
         right = _count_right(guess.tolist(), tokens)
         pace.learn(len(guess), right)
         sequences.crop(start + right)
+        sequences.check_picked(scores[: right + 1], picked[: right + 1])
+        sequences.check()
         sequences.append(picked[right])
 
         for index, token in enumerate(tokens[: right + 1]):
