@@ -15,8 +15,7 @@ from openllama import OpenLlamaForCausalLM
 from openllama.cache import GrowingCache, PreallocatedCache
 from openllama.errors import InputError, NumericalError
 from openllama.generation.sampling import pick
-from openllama.generation.state import Sequences
-from tests.generating import CONFIG, count_forwards, make_model
+from tests.generating import CONFIG, as_on_a_device, count_forwards, make_model
 
 
 @pytest.fixture(scope="module")
@@ -554,13 +553,7 @@ def test_a_token_is_not_yielded_that_no_number_picked(model, prompt):
 
 @pytest.mark.parametrize("ends", [True, False])
 def test_where_reading_would_wait_for_a_device_nan_is_found_at_the_end(model, prompt, ends, monkeypatch):
-    begin = Sequences.__init__
-
-    def on_a_device(self: Sequences, *arguments: Any) -> None:
-        begin(self, *arguments)
-        self._reads_at_once = False
-
-    monkeypatch.setattr(Sequences, "__init__", on_a_device)
+    as_on_a_device(monkeypatch)
     calls: list[int] = []
     arguments = {"max_new_tokens": 6, "eos_token_id": 39 if ends else None}
     handle = count_forwards(model, calls)

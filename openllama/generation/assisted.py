@@ -43,7 +43,6 @@ def guess_ahead(sequences: Sequences, request: Request) -> Iterator[Step]:
         pace.learn(len(guess), right)
         sequences.crop(start + right)
         sequences.check_picked(scores[: right + 1], picked[: right + 1])
-        sequences.check()
         sequences.append(picked[right])
 
         for index, token in enumerate(tokens[: right + 1]):
@@ -60,7 +59,9 @@ def guess_ahead(sequences: Sequences, request: Request) -> Iterator[Step]:
                 sequences.crop(start + index)
                 raise
             if ended:
+                sequences.check()
                 return
+    sequences.check()
 
 
 def _count_right(guess: list[int], picked: list[int]) -> int:
