@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from suite.engines import ENGINES, FAST, PACKAGES, Engine, interpreter, problem
 from suite.models import SHAPES, Files
 from suite.plots import draw_bars, draw_roofline
 from suite.report import MEASURED, Work, limits, machine, other, row, text
-from suite.turns import LIMIT, Worker
+from suite.turns import LIMIT, PATIENCE, Worker
 
 from openllama.checkpoint.folders import write_whole
 
@@ -68,6 +69,10 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=8, help="tokens of a turn of decoding (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="rows of the phase with several (default: %(default)s)")
     parser.add_argument("--one-at-a-time", action="store_true", help="hold one engine in memory; V1 does so always")
+    parser.add_argument(
+        "--patience", type=float, default=PATIENCE,
+        help="seconds after which an engine that gives no answer is ended (default: %(default)g)",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, help="write all figures to this file, anew after each phase")
     parser.add_argument("--plot", type=Path, help="draw all figures (PNG; needs the extra plot)")
     parser.add_argument("--roofline", type=Path, help="draw the limits and how near ours is to them (PNG)")
@@ -81,6 +86,8 @@ def parsed() -> argparse.Namespace:
     for name in ("threads", "repeats", "context", "tokens", "batch"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
+    if not 0 < options.patience <= threading.TIMEOUT_MAX:
+        parser.error(f"--patience must be a number of seconds, got {options.patience}")
     options.chosen = [
         of for name, of in ENGINES.items() if not options.engines or any(map(name.count, options.engines))
     ]
@@ -169,12 +176,12 @@ class Run:
 
     def measure_together(self, ready: Mapping[Engine, tuple[Path, Path]]) -> None:
         """All phases with the engines of ``ready`` in memory."""
-        workers, limit = {}, turns.limit_worker(self.shape, self.options.threads)
+        workers, limit = {}, turns.limit_worker(self.shape, self.options.threads, self.options.patience)
         self.product_types = limit.facts.get("types", {})
         try:
             for engine, (python, model) in ready.items():
                 command = turns.engine_command(engine, python, model, self.shape, self.options.threads)
-                worker = Worker(command, **turns.engine_environment(engine))
+                worker = Worker(command, self.options.patience, **turns.engine_environment(engine))
                 self.status[engine.name] = {"status": worker.facts.get("error", MEASURED), **worker.facts}
                 if "error" in worker.facts:
                     worker.close()
@@ -213,7 +220,7 @@ class Run:
         self.say("start")
         bf16 = {engine: of for engine, of in ready.items() if engine.precision == "bf16"}
         repeats = self.options.repeats
-        taken = startup.first_tokens(bf16, self.shape, self.options.threads, min(repeats, 3))
+        taken = startup.first_tokens(bf16, self.shape, self.options.threads, min(repeats, 3), self.options.patience)
         taken |= startup.processes(repeats) | startup.builds()
         self.others |= {name: other(answers) for name, answers in taken.items()}
 

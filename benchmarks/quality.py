@@ -168,6 +168,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--random-tokens", type=int, default=64)
     options = parser.parse_args()
+    for text in options.text:
+        if not text.is_file():
+            parser.error(f"--text {text}: there is no such file")
     print(f"{processor()}; torch {torch.__version__}, {torch.get_num_threads()} threads")
     found = []
     for text in options.text:

@@ -48,14 +48,14 @@ def library(source: Path, declare: Callable[[ctypes.CDLL], object], *flags: str)
 def is_built(source: Path, *flags: str) -> bool:
     """Whether ``library`` would find the loops of ``source`` built."""
     try:
-        return _built(source, flags)[1].exists()
+        return _is_whole(_built(source, flags)[1])
     except BackendError:
         return False
 
 
 def _loaded(source: Path, declare: Callable[[ctypes.CDLL], object], flags: tuple[str, ...]) -> ctypes.CDLL:
     command, path = _built(source, flags)
-    if not path.exists():
+    if not _is_whole(path):
         _build([*command, str(source)], path)
     try:
         loops = ctypes.CDLL(str(path))
@@ -75,6 +75,19 @@ def _built(source: Path, flags: tuple[str, ...]) -> tuple[list[str], Path]:
     return command, folder(name) / name
 
 
+def _checksum(path: Path) -> Path:
+    """The file beside a built library that has the SHA-256 of its bytes."""
+    return path.with_suffix(".sha256")
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a library is as it was built: the first look into one that was cut would end the process."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest() == _checksum(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeError):
+        return False
+
+
 def folder(name: str) -> Path:
     """The folder that has the built loops ``name``, or is to have them: ``$OPENLLAMA_CACHE`` where that is set.
 
@@ -82,7 +95,10 @@ def folder(name: str) -> Path:
     temporary files. ``BackendError`` where that is not this user's alone.
     """
     if given := os.environ.get("OPENLLAMA_CACHE"):
-        return Path(given)
+        try:
+            return Path(given).expanduser().absolute()  # of a bare name, the system would search its own folders
+        except (OSError, RuntimeError) as error:
+            raise BackendError(f"OPENLLAMA_CACHE is no folder: {given} ({error})") from error
     with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: this user has no home
         usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "openllama"
         if (usual / name).exists():
@@ -152,7 +168,7 @@ def _processor() -> str:
 
 
 def _build(command: list[str], path: Path) -> None:
-    """Compile into a file of another name first, so that there is a whole library at ``path`` or none."""
+    """Compile in another folder first, so that there is a whole library at ``path``, with its checksum, or none."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with (
@@ -163,6 +179,9 @@ def _build(command: list[str], path: Path) -> None:
             subprocess.run([*command, "-o", str(built)], check=True, capture_output=True, text=True, timeout=SECONDS)
             if not built.exists():
                 raise BackendError(f"{command[0]} ended without an error, but wrote no file; set CXX to a C++ compiler")
+            checksum = _checksum(built)
+            checksum.write_text(hashlib.sha256(built.read_bytes()).hexdigest(), encoding="utf-8")
+            checksum.replace(_checksum(path))
             built.replace(path)
             bar.update()
     except subprocess.CalledProcessError as error:

@@ -68,6 +68,10 @@ class BackendError(OpenLlamaError, RuntimeError):
     """An attention backend that was requested by name cannot run here."""
 
 
+class NumericalError(OpenLlamaError, RuntimeError):
+    """Scores by which no token can be picked: NaN, or nothing but infinity where one is drawn."""
+
+
 class TokenizerError(OpenLlamaError, ValueError):
     """Text that cannot be encoded, ids that cannot be decoded, or tokenizer files that cannot be read."""
 

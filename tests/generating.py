@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import pytest
 import torch
 
 from openllama import OpenLlamaConfig, OpenLlamaForCausalLM
+from openllama.generation.state import Sequences
 
 CONFIG = OpenLlamaConfig(
     vocab_size=40,
@@ -29,3 +31,14 @@ def make_model(seed: int = 1, **fields: Any) -> OpenLlamaForCausalLM:
 def count_forwards(model: OpenLlamaForCausalLM, calls: list[int]) -> torch.utils.hooks.RemovableHandle:
     """Append the number of tokens of each forward pass to ``calls``."""
     return model.model.register_forward_pre_hook(lambda module, args: calls.append(args[0].tokens.shape[1]))
+
+
+def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on generation reads values as if it had to wait for each, as it has to for those of a GPU."""
+    begin = Sequences.__init__
+
+    def on_a_device(self: Sequences, *arguments: Any) -> None:
+        begin(self, *arguments)
+        self._reads_at_once = False
+
+    monkeypatch.setattr(Sequences, "__init__", on_a_device)

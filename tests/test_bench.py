@@ -179,7 +179,7 @@ class Said:
 
     answers: dict[str, Any] = {}  # noqa: RUF012
 
-    def __init__(self, command: list[Any], **environment: str) -> None:
+    def __init__(self, command: list[Any], patience: float = 0, **environment: str) -> None:
         self.facts = {"version": "1"}
 
     def ask(self, operation: str, **arguments: Any) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     def made_with(*arguments: str, **answers: Any) -> Any:
         monkeypatch.setattr(Said, "answers", answers)
         monkeypatch.setattr(bench, "Worker", Said)
-        monkeypatch.setattr(bench.turns, "limit_worker", lambda shape, threads: Machine([]))
+        monkeypatch.setattr(bench.turns, "limit_worker", lambda shape, threads, patience: Machine([]))
         monkeypatch.setattr(bench.Files, "form", lambda self, name, python: tmp_path)
         given = ["bench.py", "--shape", "small", "--json", str(tmp_path / "results.json"), *arguments]
         monkeypatch.setattr(sys, "argv", given)
@@ -275,6 +275,58 @@ def test_the_first_error_of_an_engine_is_its_status(run):
     started.measure()
     assert started.results()["engines"]["openllama bf16"]["status"] == "decode at 512: the process ended"
     assert [row["phase_key"] for row in started.results()["rows"]] == ["prefill"]
+
+
+HANGS = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT / "benchmarks" / "suite")!r})
+from serving import serve
+serve(lambda: ({{"hang": lambda: time.sleep(300)}}, {{}}))
+"""
+
+
+def test_an_engine_that_does_not_answer_is_ended_and_says_so():
+    worker = bench.Worker([sys.executable, "-c", HANGS])
+    try:
+        assert "error" not in worker.facts
+        worker.patience = 0.5
+        message = "no answer within 0.5 seconds: the process was ended (--patience)"
+        assert worker.ask("hang") == {"error": message}
+        assert "ended with exit code -9" in worker.ask("memory")["error"], "which is known at once"
+    finally:
+        worker.close()
+
+
+def test_an_engine_ends_in_the_middle_of_its_work_when_nobody_is_there_for_the_answer():
+    with subprocess.Popen([sys.executable, "-c", HANGS], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as engine:
+        assert engine.stdin is not None
+        assert engine.stdout is not None
+        assert b"load_seconds" in engine.stdout.readline()
+        engine.stdin.write(b'{"op": "hang"}\n')
+        engine.stdin.close()
+        try:
+            assert engine.wait(timeout=30) == 0
+        finally:
+            engine.kill()
+
+
+def test_the_patience_is_that_of_every_process(run, monkeypatch):
+    started = run("--engines", "openllama bf16", "--phases", "prefill", "start", "--patience", "7")
+    given = []
+    monkeypatch.setattr(bench.turns, "limit_worker", lambda *of: given.append(of[-1]) or Machine([]))
+    monkeypatch.setattr(bench.startup, "first_tokens", lambda *of: given.append(of[-1]) or {})
+    monkeypatch.setattr(bench.startup, "processes", lambda repeats: {})
+    monkeypatch.setattr(bench.startup, "builds", dict)
+    monkeypatch.setattr(bench, "Worker", lambda command, patience, **of: given.append(patience) or Said(command))
+    started.measure()
+    assert given == [7, 7, 7]
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf"])
+def test_a_patience_that_cannot_be_waited_for_is_refused(run, seconds, capsys):
+    with pytest.raises(SystemExit):
+        run("--patience", seconds)
+    assert "--patience must be a number of seconds, got" in capsys.readouterr().err
 
 
 def test_processes_that_fail_are_said_in_the_table(run, monkeypatch):
@@ -396,3 +448,13 @@ def test_the_quality_of_several_texts_is_one_table(tmp_path, monkeypatch, capsys
     assert rows["float32"][1:3] == ["0", "100.00"]
     assert 0 < float(rows["int8"][1]) < 0.01
     assert rows["int8"][:3] == rows["int8"][3:]
+
+
+def test_a_text_that_is_missing_is_refused_in_a_line_before_another_is_computed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quality, "held_out_windows", None)
+    monkeypatch.setattr(sys, "argv", ["quality.py", "--text", __file__, "--text", str(tmp_path / "none.txt")])
+    with pytest.raises(SystemExit):
+        quality.main()
+    assert capsys.readouterr().err.splitlines()[-1] == f"quality.py: error: --text {tmp_path / 'none.txt'}: " + (
+        "there is no such file"
+    )

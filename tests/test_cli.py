@@ -194,6 +194,7 @@ def test_text_is_written_token_by_token(folder, monkeypatch):
         (["generate", "{folder}", "--prompt", "x", "--temperature", "0"], "temperature"),
         (["generate", "{folder}", "--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens"),
         (["generate", "{folder}", "--prompt", "x", "--attn-implementation", "xformers"], "xformers"),
+        (["generate", "{folder}", "--prompt", "x", "--device", "meta"], "--device meta: tensors there have no numbers"),
     ],
 )
 def test_a_refusal_is_one_line_on_stderr_and_exit_code_1(capsys, folder, arguments, message):

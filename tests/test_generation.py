@@ -13,9 +13,9 @@ import torch
 
 from openllama import OpenLlamaForCausalLM
 from openllama.cache import GrowingCache, PreallocatedCache
-from openllama.errors import InputError
+from openllama.errors import InputError, NumericalError
 from openllama.generation.sampling import pick
-from tests.generating import CONFIG, count_forwards, make_model
+from tests.generating import CONFIG, as_on_a_device, count_forwards, make_model
 
 
 @pytest.fixture(scope="module")
@@ -496,3 +496,87 @@ def test_embeddings_masked_at_the_end_are_warned_of():
     model, vectors = make_model(), torch.randn(2, 3, 32)
     with pytest.warns(UserWarning, match="2 of the prompts end with padding"):
         model.generate(inputs_embeds=vectors, attention_mask=torch.tensor([[1, 1, 0], [1, 0, 0]]), max_new_tokens=2)
+
+
+# --- scores that are no numbers ---------------------------------------------------------------------
+
+WAYS = {
+    "greedy": {},
+    "sampling": {"do_sample": True},
+    "beams": {"num_beams": 3},
+    "beam sampling": {"num_beams": 3, "do_sample": True},
+    "groups of beams": {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+    "contrastive": {"penalty_alpha": 0.6, "top_k": 3},
+    "lookup": {"prompt_lookup_num_tokens": 3},
+}
+
+
+def spoiled(row: int, length: int, value: float) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """A processor that makes one score of a row another, once there are ``length`` tokens."""
+
+    def process(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores.clone()
+        if input_ids.shape[1] >= length:
+            scores[row, 7] = value
+        return scores
+
+    return process
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_scores_that_are_nan_pick_no_token_and_it_is_said_which(model, prompt, name):
+    way = WAYS[name]
+    ids = prompt[:1] if name == "lookup" else prompt
+    copies = way.get("num_beams", 1) // way.get("num_beam_groups", 1)
+    row = len(ids) - 1
+    with pytest.raises(NumericalError, match=rf"\(sequence {row}, new token 3\): .*verify.*remove_invalid_values"):
+        model.generate(
+            ids, max_new_tokens=6, logits_processor=[spoiled(row * copies, ids.shape[1] + 2, torch.nan)], **way
+        )
+
+
+def test_sampling_by_infinity_is_the_same_error_and_greedy_search_takes_the_infinite(model, prompt):
+    for value in (torch.inf, torch.nan):
+        with pytest.raises(NumericalError, match=r"sequence 1, new token 1\)"):
+            model.generate(prompt, max_new_tokens=2, do_sample=True, logits_processor=[spoiled(1, 0, value)])
+    best = model.generate(prompt, max_new_tokens=1, logits_processor=[spoiled(1, 0, torch.inf)])
+    assert best[1, -1] == 7
+
+
+def test_a_token_is_not_yielded_that_no_number_picked(model, prompt):
+    length = prompt.shape[1]
+    tokens = model.stream(prompt, max_new_tokens=6, logits_processor=[spoiled(0, length + 2, torch.nan)])
+    assert [len(next(tokens)) for _ in range(2)] == [2, 2]
+    with pytest.raises(NumericalError):
+        next(tokens)
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_where_reading_would_wait_for_a_device_nan_is_found_at_the_end(model, prompt, ends, monkeypatch):
+    as_on_a_device(monkeypatch)
+    calls: list[int] = []
+    arguments = {"max_new_tokens": 6, "eos_token_id": 39 if ends else None}
+    handle = count_forwards(model, calls)
+    try:
+        with pytest.raises(NumericalError, match="sequence 0"):
+            model.generate(prompt[:1], **arguments, logits_processor=[spoiled(0, prompt.shape[1] + 2, torch.nan)])
+    finally:
+        handle.remove()
+    assert len(calls) == (3 if ends else 6), "where values are read, a sequence ends with it"
+
+
+def test_what_comes_after_the_end_of_a_sequence_may_be_no_number(model, prompt):
+    whole = model.generate(prompt, max_new_tokens=6)
+    arguments = {"max_new_tokens": 6, "eos_token_id": int(whole[0, prompt.shape[1]])}
+    expected = model.generate(prompt, **arguments)
+    processors = [spoiled(0, prompt.shape[1] + 1, torch.nan)]
+    assert torch.equal(model.generate(prompt, **arguments, logits_processor=processors), expected)
+
+
+def test_numbers_in_place_of_nan_can_be_asked_for(model, prompt):
+    with torch.no_grad():
+        broken = make_model()
+        broken.lm_head.weight[7] = torch.nan
+    with pytest.raises(NumericalError):
+        broken.generate(prompt, max_new_tokens=2)
+    assert broken.generate(prompt, max_new_tokens=2, remove_invalid_values=True).shape == (2, 6)

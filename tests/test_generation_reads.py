@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from openllama import OpenLlamaForCausalLM
-from tests.generating import count_forwards, make_model
+from tests.generating import as_on_a_device, count_forwards, make_model
 
 aten = torch.ops.aten
 READS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default, aten.masked_select.default}
@@ -32,6 +32,7 @@ class Reads(TorchDispatchMode):
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
     """``tolist`` and ``numpy`` of a CPU tensor dispatch nothing: they are counted apart."""
+    as_on_a_device(monkeypatch)
     counter = Reads()
     for name in ("tolist", "numpy", "cpu"):
         original = getattr(torch.Tensor, name)

@@ -1056,12 +1056,39 @@ def test_a_library_that_has_no_loops_is_a_reason(model, anew, monkeypatch):
 
 
 def test_it_is_built_once_for_all_processes(model, anew):
+    def files() -> dict[str, int]:
+        return {file.suffix: file.stat().st_mtime_ns for file in anew.iterdir()}
+
     fast(model)
-    [built] = anew.iterdir()
-    before = built.stat().st_mtime_ns
+    before = files()
+    assert set(before) == {".so", ".sha256"}
     compiler.library.cache_clear()
     fast(model)
-    assert [file.stat().st_mtime_ns for file in anew.iterdir()] == [before]
+    assert files() == before
+
+
+def test_a_library_that_was_cut_is_built_again(anew):
+    compiler.library()
+    [library] = anew.glob("*.so")
+    content = library.read_bytes()
+    library.unlink()  # this process has it in memory
+    library.write_bytes(content[: len(content) // 2])
+    code = "from openllama.inference.compiler import library; library()"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0, "SIGBUS would be -7"
+    assert compiler._is_whole(library)
+    library.with_suffix(".sha256").write_bytes(b"\xff")
+    assert not compiler._is_whole(library)
+
+
+def test_a_folder_is_named_from_that_of_the_user_or_where_the_process_is(anew, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name, expected in (("~/loops", tmp_path / "loops"), (".", tmp_path)):
+        monkeypatch.setenv("OPENLLAMA_CACHE", name)
+        assert compiler.folder("kernels.so") == expected
+    monkeypatch.setenv("OPENLLAMA_CACHE", "~no-such-user/loops")
+    with pytest.raises(BackendError, match=r"OPENLLAMA_CACHE is no folder: ~no-such-user/loops \("):
+        compiler.folder("kernels.so")
 
 
 @pytest.fixture
@@ -1098,6 +1125,8 @@ def test_the_number_of_tokens_is_measured_once_for_all_processes(small, defaults
     assert threshold.most_rows({2: 3}.get(number, 2), dtype, 2) == 5, "other weights, another number"
     [kept] = tmp_path.iterdir()
     assert f"{kind} in {str(dtype).removeprefix('torch.')}, 2 threads, torch {torch.__version__}" in kept.read_text()
+    prompts_too = f"prompts, plain in {str(dtype).removeprefix('torch.')}, 2 threads, torch {torch.__version__}"
+    assert prompts_too in json.loads(kept.read_text()), "the measurement of one asks for the other"
     of_another_kind = json.dumps(dict.fromkeys(json.loads(kept.read_text()), "many"))
     for broken in ("[broken", "[]", of_another_kind):
         kept.write_text(broken)
@@ -1185,3 +1214,11 @@ def test_generate_fast_prints_what_generate_prints(capsys):
         assert main([*arguments, *extra]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
+
+
+def test_what_is_measured_on_a_machine_is_no_part_of_the_speed_that_is_printed(capsys, monkeypatch):
+    events = []
+    monkeypatch.setattr(loops, "most_rows", lambda *_: events.append("measured") or 16)
+    monkeypatch.setattr("openllama.cli.generate._print_continuation", lambda *_: events.append("text") or 1)
+    assert main(["generate", str(TINY), "--prompt", "The king", "--fast", "--assistant", str(TINY)]) == 0
+    assert events == ["measured", "measured", "text"], "the model and its assistant"

@@ -172,7 +172,9 @@ def test_files_made_otherwise_are_not_kept(
 # ---- signals
 
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup and a shell's background jobs ignore them
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from openllama.checkpoint import writer
 real = writer._File._pieces
 def slow(self, read):

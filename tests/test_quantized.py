@@ -22,6 +22,7 @@ from openllama.checkpoint import quantize as rounding_while_reading
 from openllama.checkpoint.pieces import pieces
 from openllama.config import QUANTIZATIONS
 from openllama.errors import CheckpointError, ConfigError, InputError, KeyMismatchError, heard
+from openllama.inference import structs
 from openllama.parallel import load
 from openllama.quantized import QuantizedEmbedding, QuantizedLinear, QuantizedSharedHead, quantize, rounding
 from openllama.quantized.modules import QuantizedMatrix
@@ -138,17 +139,15 @@ def test_blocks_of_rows_do_not_change_the_result(quantization: str, monkeypatch:
     assert all(map(torch.equal, whole, round_matrix(matrix, quantization)))
 
 
-def test_the_config_names_the_formats() -> None:
-    assert list(QUANTIZATIONS) == list(FORMATS)
+def test_the_config_and_the_loops_name_the_formats() -> None:
+    assert list(QUANTIZATIONS) == list(FORMATS) == list(structs.QUANTIZED)
 
 
 @both
-def test_a_module_keeps_the_name_of_its_format(quantization: str) -> None:
+def test_every_matrix_of_a_model_has_the_bits_of_its_format(quantization: str) -> None:
     model = quantize(tiny_model(), quantization)
     modules = [module for module in model.modules() if isinstance(module, QuantizedMatrix)]
-    assert {(module.quantization, FORMATS[quantization].bits) for module in modules} == {
-        (quantization, modules[0].bits)
-    }
+    assert {module.bits for module in modules} == {FORMATS[quantization].bits}
 
 
 # ---- modules
@@ -400,7 +399,7 @@ def test_loading_takes_little_more_memory_than_the_result(quantization: str, tmp
 
 def test_a_folder_of_another_quantisation_is_refused_with_the_way_out(tmp_path: Path) -> None:
     quantize(tiny_model(), "int8").save_pretrained(tmp_path / "int8")
-    for options in ({"to": "hf"}, {"to": "llama"}, {"to": "gguf"}, {"dtype": "bfloat16"}, {"quantize": "int8"}):
+    for options in ({"to": "hf"}, {"to": "llama"}, {"to": "gguf"}, {"dtype": "bfloat16"}, {"quantize": "int4"}):
         with pytest.raises(InputError, match=r"quantised to int8.* made from"):
             convert(tmp_path / "int8", tmp_path / "x.gguf", progress=False, **options)
         assert not (tmp_path / "x.gguf").exists()
@@ -434,12 +433,36 @@ def test_every_way_to_quantise_refuses_an_unknown_format_and_what_is_quantised_a
         convert(tmp_path / "none", tmp_path / "new", quantize="int2")
 
 
-def test_checkpoints_that_are_stored_in_other_ways_are_not_compared(tmp_path: Path) -> None:
-    tiny_model().save_pretrained(tmp_path / "plain")
-    quantize(tiny_model(), "int8").save_pretrained(tmp_path / "int8")
-    for compared in (diff, verify):
-        with pytest.raises(CheckpointError, match=r"plain is not quantised.*--quantize|int8 is int8.*--quantize"):
-            compared(tmp_path / "int8", tmp_path / "plain")
+@both
+def test_what_is_stored_as_it_is_asked_for_is_copied_as_it_is_loaded(quantization: str, tmp_path: Path) -> None:
+    quantize(tiny_model(), quantization).save_pretrained(tmp_path / "stored")
+    for name, asked in (("plainly", None), ("asked", quantization)):
+        with pytest.warns(UserWarning, match="no tokenizer"):
+            convert(tmp_path / "stored", tmp_path / name, quantize=asked, progress=False)
+    plainly, asked = (
+        {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("plainly", "asked")
+    )
+    assert plainly == asked
+    assert verify(tmp_path / "asked", tmp_path / "stored").rounded_to is None
+
+
+def test_checkpoints_that_are_stored_in_other_ways_are_not_compared_until_one_is_converted(tmp_path: Path) -> None:
+    plain, int8, int4 = (tmp_path / name for name in ("plain", "int8", "int4"))
+    tiny_model().save_pretrained(plain)
+    for folder in (int8, int4):
+        quantize(tiny_model(), folder.name).save_pretrained(folder)
+    pairs = {(int8, plain): "int8", (plain, int4): "int4", (int8, int4): "int8", (int4, int8): "int4"}
+    for (a, b), missing in pairs.items():
+        one = f"convert {plain} with --quantize {missing}, and compare the result"
+        both_rounded = "convert what one was made from with the --quantize of the other, and compare that"
+        for compared in (diff, verify):
+            with pytest.raises(CheckpointError, match="cannot be compared") as refused:
+                compared(a, b)
+            assert (one if plain in (a, b) else both_rounded) in str(refused.value)
+        other = a if a.name == missing else b
+        with pytest.warns(UserWarning, match="no tokenizer"):
+            convert(plain, tmp_path / "new", quantize=missing, overwrite=True, progress=False)
+        assert diff(tmp_path / "new", other).equal
 
 
 def test_a_config_that_does_not_belong_to_the_weights_is_refused(tmp_path: Path) -> None:

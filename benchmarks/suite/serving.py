@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, TextIO
@@ -21,11 +23,15 @@ def private_output() -> TextIO:
 
 
 def serve(load: Callable[[], tuple[dict[str, Command], dict[str, Any]]]) -> None:
-    """``load`` returns commands by name, and facts such as a version; then commands are answered until input ends.
+    """``load`` returns commands by name, and facts such as a version; then commands are answered.
+
+    When the input ends, whoever asked is gone, and this process ends, whatever it is computing.
 
     A command is ``{"op": NAME, ...arguments}``. The answer is what the command returns, or ``{"error": TEXT}``.
     """
     output = private_output()
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(lines,), daemon=True).start()
 
     def reply(work: Callable[[], dict[str, Any]]) -> bool:
         try:
@@ -45,10 +51,17 @@ def serve(load: Callable[[], tuple[dict[str, Command], dict[str, Any]]]) -> None
 
     if not reply(start):
         return
-    for line in sys.stdin:
-        command = json.loads(line)
+    while True:
+        command = json.loads(lines.get())
         operation = commands[command.pop("op")]
         reply(lambda operation=operation, command=command: operation(**command))
+
+
+def _read(lines: queue.SimpleQueue[str]) -> None:
+    with open(0, encoding="utf-8", closefd=False) as commands:  # sys.stdin would be locked when Python ends
+        for line in commands:
+            lines.put(line)
+    os._exit(0)
 
 
 def seconds(work: Callable[[], object]) -> float:

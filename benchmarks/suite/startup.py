@@ -24,7 +24,7 @@ BUILD = (
 
 
 def first_tokens(
-    engines: Mapping[Engine, tuple[Path, Path]], shape: Shape, threads: int, repeats: int
+    engines: Mapping[Engine, tuple[Path, Path]], shape: Shape, threads: int, repeats: int, patience: float
 ) -> dict[str, list[Answer]]:
     """Seconds from the start of a process to the first token after 8, and of reading the same files once, in turns.
 
@@ -37,9 +37,8 @@ def first_tokens(
             if engine in failed:
                 continue
             read = _read(model)
-            worker = Worker(
-                [*engine_command(engine, python, model, shape, threads), "--first"], **engine_environment(engine)
-            )
+            command = [*engine_command(engine, python, model, shape, threads), "--first"]
+            worker = Worker(command, patience, **engine_environment(engine))
             worker.close()
             if "error" in worker.facts:
                 found[f"first token, {engine.name}"] = [worker.facts]

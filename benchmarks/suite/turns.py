@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,13 +20,15 @@ from .models import Shape
 HERE = Path(__file__).parent
 LARGEST_SUM = 2 * 10**9  # bytes; no cache holds a tenth of it
 LARGEST_PRODUCT = 4096
+PATIENCE = 1800.0  # seconds for one answer: a large model is loaded, and rounded, on a slow disk
 LIMIT = "limit"  # stands for the machine itself where engines have their names
 
 
 class Worker:
-    """A process that answers commands (``serving``)."""
+    """A process that answers commands (``serving``), and is ended when an answer takes longer than ``patience``."""
 
-    def __init__(self, command: Sequence[str | Path], **environment: str) -> None:
+    def __init__(self, command: Sequence[str | Path], patience: float = PATIENCE, **environment: str) -> None:
+        self.patience = patience
         self.errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self.started = time.perf_counter()
         self.process = subprocess.Popen(
@@ -43,8 +46,15 @@ class Worker:
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None  # noqa: S101
-        if line := self.process.stdout.readline():
+        late = threading.Event()
+        timer = threading.Timer(self.patience, lambda: (late.set(), self.process.kill()))
+        timer.start()
+        line = self.process.stdout.readline()
+        timer.cancel()
+        if line:
             return json.loads(line)
+        if late.is_set():
+            return {"error": f"no answer within {self.patience:g} seconds: the process was ended (--patience)"}
         self.errors.seek(0)
         said = self.errors.read().strip().splitlines() or ["no message"]
         return {"error": f"the process ended with exit code {self.process.wait()}: {said[-1]}"}
@@ -54,7 +64,8 @@ class Worker:
         self.process.wait()
         for file in (self.process.stdin, self.process.stdout, self.errors):
             if file is not None:
-                file.close()
+                with contextlib.suppress(OSError):  # a command that it did not live to read is still to be written
+                    file.close()
 
 
 def engine_command(engine: Engine, python: Path, model: Path, shape: Shape, threads: int) -> list[str | Path]:
@@ -69,11 +80,11 @@ def engine_environment(engine: Engine) -> dict[str, str]:
     return {"PYTHONPATH": str(ROOT) if engine.ours else ""}
 
 
-def limit_worker(shape: Shape, threads: int) -> Worker:
+def limit_worker(shape: Shape, threads: int, patience: float) -> Worker:
     amount = min(int(shape.weight_bytes("bf16")), LARGEST_SUM)
     size = min(2 * shape.config.hidden_size, LARGEST_PRODUCT)
     sizes = ["--bytes", str(amount), "--size", str(size), "--threads", str(threads)]
-    return Worker([sys.executable, HERE / "limits.py", *sizes])
+    return Worker([sys.executable, HERE / "limits.py", *sizes], patience)
 
 
 def limit_rates(shape: Shape, seconds: Mapping[str, float]) -> dict[str, float]:

@@ -143,12 +143,17 @@ def diff(
 
 def check_same_quantization(a: Checkpoint, b: Checkpoint) -> None:
     """Raise ``CheckpointError`` for weights that are stored in different ways, which have no numbers in common."""
-    kinds = [of.config.quantization or "not quantised" for of in (a, b)]
-    if kinds[0] != kinds[1]:
-        raise CheckpointError(
-            f"{a.path} is {kinds[0]} and {b.path} is {kinds[1]}: their stored numbers cannot be compared; convert one "
-            "of them with the --quantize of the other first"
-        )
+    mine, theirs = a.config.quantization, b.config.quantization
+    if mine == theirs:
+        return
+    if mine is not None and theirs is not None:
+        way = "convert what one was made from with the --quantize of the other, and compare that with the other"
+    else:
+        way = f"convert {a.path if mine is None else b.path} with --quantize {mine or theirs}, and compare the result"
+    raise CheckpointError(
+        f"{a.path} is {mine or 'not quantised'} and {b.path} is {theirs or 'not quantised'}: their stored numbers "
+        f"cannot be compared; {way}"
+    )
 
 
 def differing_settings(a: OpenLlamaConfig, b: OpenLlamaConfig) -> list[str]:

@@ -88,8 +88,11 @@ def convert(
         source = open_checkpoint(src, config)
         chosen = without(source.tensors, ignore)
         weights = select(chosen, source.config)
-        if quantize is not None:
-            check_quantization(quantize, source.config.quantization, source.path)
+        stored = source.config.quantization
+        if quantize is not None and quantize == stored:
+            quantize = None  # its bits stay, as when it is loaded
+        elif quantize is not None:
+            check_quantization(quantize, stored, source.path)
         check_stored(source.config, to, dtype)
         if to == "gguf":
             return write_gguf(source, weights, dst, dtype=dtype, overwrite=overwrite, progress=progress)

@@ -43,9 +43,11 @@ def load(options: argparse.Namespace) -> tuple[OpenLlamaForCausalLM | FastModel,
     """Load the model and the tokenizer from the folder that the command names."""
     options.dir = local_path(options.dir)
     try:
-        torch.empty(0, device=options.device)
+        device = torch.empty(0, device=options.device).device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise InputError("--device meta: tensors there have no numbers, and no text can be made of them; name another")
     model = _load_model(options.dir, options)
     tokenizer = OpenLlamaTokenizer.from_pretrained(options.dir)
     if len(tokenizer) > model.config.vocab_size:
@@ -67,8 +69,11 @@ def _load_model(folder: Path, options: argparse.Namespace) -> OpenLlamaForCausal
     if not (options.fast or (model.config.quantization and model.device.type == "cpu")):
         return model
     from openllama.inference import fast  # here, as it is rarely wanted
+    from openllama.inference.decoding import measure
 
-    return fast(model)
+    quick = fast(model)
+    measure(quick)  # not in the time of the first text
+    return quick
 
 
 def add_generation_options(command: argparse.ArgumentParser, max_new_tokens: int) -> None:

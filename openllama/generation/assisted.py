@@ -47,6 +47,7 @@ def guess_ahead(sequences: Sequences, request: Request) -> Iterator[Step]:
         right = _count_right(guess.tolist(), tokens)
         pace.learn(len(guess), right)
         sequences.crop(start + right)
+        sequences.check_picked(scores[: right + 1], picked[: right + 1])
         sequences.append(picked[right])
 
         for index, token in enumerate(tokens[: right + 1]):
@@ -63,7 +64,9 @@ def guess_ahead(sequences: Sequences, request: Request) -> Iterator[Step]:
                 sequences.crop(start + index)
                 raise
             if ended:
+                sequences.check()
                 return
+    sequences.check()
 
 
 def _source(sequences: Sequences, request: Request) -> Lookup | Assistant:

@@ -16,6 +16,7 @@ for each beam of an earlier group that has just taken it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -24,7 +25,8 @@ from torch import Tensor
 from openllama.generation.config import GenerationConfig
 from openllama.generation.outputs import GenerateOutput, Record, Step
 from openllama.generation.processors import LogitsProcessor, apply
-from openllama.generation.state import Request, Sequences
+from openllama.generation.sampling import draw
+from openllama.generation.state import Request, Sequences, no_numbers
 from openllama.generation.stopping import stopped
 
 DEAD = -1e9  # the score of a beam that is not to be continued
@@ -158,7 +160,7 @@ class BeamSearch:
         size = self.rows.shape[2]
         sums = sums.view(-1, size * sums.shape[1])
         if self.config.do_sample:
-            drawn = torch.multinomial(sums.softmax(dim=-1), 2 * size, generator=self.request.generator)
+            drawn = draw(sums, 2 * size, self.request.generator)
             best, order = sums.gather(1, drawn).sort(descending=True)
             return best, drawn.gather(1, order)
         count = max(2, 1 + len(set(self.config.eos_token_ids))) * size
@@ -169,6 +171,9 @@ class BeamSearch:
         size, idle = len(group.rows), (self.config.padding_id, group.rows[0])
         if group.done:
             return [(0.0, *idle)] * size
+        if not sums[0] < math.inf:  # the best, and NaN is above all
+            prompt, made = group.rows[0] // self.config.num_beams, self.history.shape[1]
+            raise no_numbers(f"{prompt}, new token {made + 1}")
         new: list[tuple[float, int, int]] = []
         for rank, (total, index) in enumerate(zip(sums, flat, strict=True)):
             beam, token = divmod(index, self.sequences.model.config.vocab_size)

@@ -33,6 +33,7 @@ def contrastive_search(sequences: Sequences, request: Request) -> Iterator[Step]
     while sequences.length < config.max_length:
         scores = apply(request.processors, sequences.ids, logits[:, -1])
         likely, tokens = scores.softmax(dim=-1).topk(width)  # (B, k)
+        sequences.check_picked(likely, torch.zeros_like(every))
         sequences.reorder(every.repeat_interleave(width))  # each sequence k times, once for each token
         sequences.append(tokens)
         tried_logits, tried = sequences.forward(hidden_states=True)
@@ -44,10 +45,11 @@ def contrastive_search(sequences: Sequences, request: Request) -> Iterator[Step]
         sequences.replace_last(token)
         yield Step(token, scores, logits[:, -1], attentions, states if config.output_hidden_states else None)
         if sequences.have_ended(scores):
-            return
+            break
         logits, states = tried_logits[rows], tuple(layer[rows] for layer in tried_states)
         attentions = tried.attentions and tuple(layer[rows] for layer in tried.attentions)
         context = torch.cat((context, states[-1]), dim=1)
+    sequences.check()
 
 
 def best(context: Tensor, tried: Tensor, likely: Tensor, alpha: float) -> Tensor:

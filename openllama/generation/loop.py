@@ -120,11 +120,14 @@ def greedy_or_sample(sequences: Sequences, request: Request) -> Iterator[Step]:
         logits, output = sequences.forward()
         logits = logits[:, -1]
         scores = apply(processors, sequences.ids, logits)
-        token = sequences.pad_ended(pick(scores, config.do_sample, request.generator))
+        token = pick(scores, config.do_sample, request.generator)
+        sequences.check_picked(scores, token)
+        token = sequences.pad_ended(token)
         sequences.append(token)
         yield Step(token, scores, logits, output.attentions, output.hidden_states)
         if sequences.have_ended(scores):
-            return
+            break
+    sequences.check()
 
 
 def _refuse_beams(what: str, streaming: bool, num_beams: int) -> None:

@@ -18,7 +18,21 @@ def pick(scores: Tensor, do_sample: bool, generator: torch.Generator | None = No
     """One token per row of scores (B, V) -> (B,): drawn, or the first of the highest."""
     if not do_sample:
         return scores.argmax(dim=-1)
-    return torch.multinomial(scores.softmax(dim=-1), num_samples=1, generator=generator).squeeze(1)
+    return draw(scores, 1, generator).squeeze(1)
+
+
+def draw(scores: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
+    """``count`` different tokens per row of scores (B, V) -> (B, count).
+
+    Of rows that make no probabilities, the highest: that these are no numbers is found where tokens are checked.
+    """
+    probabilities = scores.softmax(dim=-1)
+    try:
+        return torch.multinomial(probabilities, count, generator=generator)
+    except RuntimeError:
+        if probabilities.isfinite().all():
+            raise
+        return scores.topk(count).indices
 
 
 def temperature(value: float) -> LogitsProcessor:

@@ -20,6 +20,7 @@ from openllama.cache import Cache, GrowingCache, PreallocatedCache
 from openllama.checkpoint.gather import is_spread
 from openllama.checks import warn_beyond_training
 from openllama.config import OpenLlamaConfig
+from openllama.errors import NumericalError, listed
 from openllama.generation.config import GenerationConfig
 from openllama.generation.processors import LogitsProcessor
 from openllama.generation.stopping import StoppingCriterion, stopped
@@ -128,6 +129,9 @@ class Sequences:
         self._can_end = bool(config.eos_token_ids or request.stopping)  # before the length is reached
         self._running = torch.ones(batch, dtype=torch.bool, device=prompt.device)
         self._warned = False
+        self._first = self.length
+        self._invalid = torch.zeros_like(self._running)
+        self._reads_at_once = prompt.is_cpu  # elsewhere each look at a value waits for the device
 
     @property
     def ids(self) -> Tensor:
@@ -155,6 +159,23 @@ class Sequences:
         logits = output.logits[:, -keep:]
         return logits.to(torch.promote_types(logits.dtype, torch.float32)), output
 
+    def check_picked(self, scores: Tensor, tokens: Tensor) -> None:
+        """Raise ``NumericalError`` for a token (B,), or several (B * n,), that scores (B * n, V) which are no numbers
+        picked; on a device that this would wait for, ``check`` does.
+        """
+        picked = scores.gather(1, tokens[:, None])
+        invalid = ~picked.isfinite() if self.config.do_sample else picked.isnan()  # the highest may be infinite
+        if self._reads_at_once and not invalid.any():
+            return
+        self._invalid |= invalid.view(len(self._running), -1).any(1) & self._running
+        if self._reads_at_once:
+            self.check()
+
+    def check(self) -> None:
+        """Raise ``NumericalError`` if tokens were picked by scores that are no numbers."""
+        if rows := self._invalid.nonzero().flatten().tolist():
+            raise no_numbers(f"{listed(list(map(str, rows)))}, new token {self.length - self._first + 1}")
+
     def append(self, tokens: Tensor) -> None:
         """Add one token to each sequence, (B,), or several, (B, n)."""
         tokens = tokens.view(len(self._ids), -1)
@@ -174,7 +195,7 @@ class Sequences:
         """
         if not self._can_end:
             return False
-        self._running &= ~self.ended(self.ids, scores)
+        self._running &= ~(self.ended(self.ids, scores) | self._invalid)
         return not self._running.any()
 
     def ended(self, ids: Tensor, scores: Tensor) -> Tensor:
@@ -250,6 +271,14 @@ class Sequences:
             "output_attentions": self.config.output_attentions,
             "output_hidden_states": hidden_states,
         }
+
+
+def no_numbers(where: str) -> NumericalError:
+    """The error of scores by which no token can be picked."""
+    return NumericalError(
+        f"the scores are NaN or infinite, and pick no token (sequence {where}): `openllama verify` finds weights that "
+        "are; float16 overflows where bfloat16 and float32 do not; remove_invalid_values=True computes on"
+    )
 
 
 def prepare_inputs_for_generation(

@@ -21,6 +21,7 @@ from openllama.attention import BACKENDS
 from openllama.cache import PreallocatedCache
 from openllama.errors import BackendError, warn
 from openllama.inference.loops import Loops
+from openllama.inference.threshold import NEVER
 from openllama.interface import OpenLlamaForCausalLM
 from openllama.model import Inputs
 from openllama.outputs import CausalLMOutput
@@ -45,6 +46,12 @@ def fast(model: OpenLlamaForCausalLM) -> FastModel:
     if not isinstance(model, OpenLlamaForCausalLM):
         raise BackendError(f"fast decoding is for OpenLlamaForCausalLM, got {type(model).__name__}")
     return FastModel(model)
+
+
+def measure(model: FastModel) -> None:
+    """Find out how many tokens the loops take at a time, which else the first pass of several tokens waits for."""
+    if (loops := model._current()) is not None:
+        loops.take(NEVER)
 
 
 class FastModel:

@@ -80,7 +80,7 @@ def _many(loops: ctypes.CDLL, x: Tensor, matrix: Matrix) -> Tensor:
 
 
 def _matrix(weight: Tensor, scale: Tensor, columns: int) -> Matrix:
-    kind = QUANTIZED[8 if weight.dtype == torch.int8 else 4]
+    kind = QUANTIZED["int8" if weight.dtype == torch.int8 else "int4"]
     return Matrix(weight.data_ptr(), scale.data_ptr(), len(weight), columns, kind)
 
 

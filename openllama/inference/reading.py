@@ -155,7 +155,7 @@ class Reading:
                 raise BackendError(f"the config says {columns} columns of a matrix, the model has {module.columns}")
             weight = self._tensor(buffers, "weight", shapes[0], (form.weight_dtype,))
             scale = self._tensor(buffers, "scale", shapes[1], (form.scale_dtype,))
-            return Matrix(weight.data_ptr(), scale.data_ptr(), rows, columns, QUANTIZED[bits])
+            return Matrix(weight.data_ptr(), scale.data_ptr(), rows, columns, QUANTIZED[BITS[bits]])
         if self._read(module._parameters, "bias") is not None:
             raise BackendError("the loops add no bias, and a linear layer of the model has one")
         weight = self._tensor(module._parameters, "weight", (rows, columns), KINDS)

@@ -7,7 +7,7 @@ from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
 import torch
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1}  # of weights, norms and caches
-QUANTIZED = {8: 2, 4: 3}  # by bits
+QUANTIZED = {"int8": 2, "int4": 3}  # by the names of ``quantized.rounding.FORMATS``
 
 
 class Matrix(Structure):

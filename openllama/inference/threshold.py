@@ -25,6 +25,7 @@ from openllama.inference.prompts import LoopProducts, linear, use_loops
 from openllama.inference.structs import KINDS, QUANTIZED, Matrix
 from openllama.products import FastProducts
 from openllama.quantized.modules import QuantizedLinear
+from openllama.quantized.rounding import FORMATS
 
 ALWAYS, NEVER = 2, 64  # tokens that the loops take unmeasured, and above which they take none
 SHAPE = 11008, 2048  # of the matrix: more than most caches hold
@@ -53,7 +54,8 @@ def _kept(name: str, measure: Callable[[], int]) -> int:
     path = Path(library()._name).with_suffix(".json")
     known = _known(path)
     if name not in known:
-        known[name] = measure()
+        number = measure()
+        known = _known(path) | {name: number}  # measuring may have kept something itself
         with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=path.parent) as work:
             written = Path(work, path.name)
             written.write_text(json.dumps(known), encoding="utf-8")
@@ -62,7 +64,7 @@ def _kept(name: str, measure: Callable[[], int]) -> int:
 
 
 def _name(kind: int, dtype: torch.dtype, threads: int) -> str:
-    weights = next((f"int{bits}" for bits, number in QUANTIZED.items() if number == kind), "plain")
+    weights = next((name for name, number in QUANTIZED.items() if number == kind), "plain")
     return f"{weights} in {str(dtype).removeprefix('torch.')}, {threads} threads, torch {torch.__version__}"
 
 
@@ -112,8 +114,8 @@ def _module(kind: int, dtype: torch.dtype) -> QuantizedLinear | nn.Linear:
         linear = nn.Linear(columns, rows, bias=False, device="meta", dtype=dtype).to_empty(device="cpu")
         nn.init.ones_(linear.weight)
         return linear
-    bits = next(bits for bits, number in QUANTIZED.items() if number == kind)
-    module = QuantizedLinear(columns, rows, bits, "cpu")
+    name = next(name for name, number in QUANTIZED.items() if number == kind)
+    module = QuantizedLinear(columns, rows, FORMATS[name].bits, "cpu")
     use_loops(module)
     return module
 

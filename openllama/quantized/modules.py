@@ -41,8 +41,8 @@ class QuantizedMatrix(nn.Module):
         super().__init__()
         if bits not in BITS:
             raise InputError(f"bits must be 8 or 4, got {bits!r}")
-        self.bits, self.columns, self.quantization = bits, columns, BITS[bits]
-        form = FORMATS[self.quantization]
+        self.bits, self.columns = bits, columns
+        form = FORMATS[BITS[bits]]
         weight, scale = form.shapes(rows, columns)
         self.register_buffer("weight", torch.zeros(weight, dtype=form.weight_dtype, device=device))
         self.register_buffer("scale", torch.zeros(scale, dtype=form.scale_dtype, device=device))
@@ -56,7 +56,7 @@ class QuantizedMatrix(nn.Module):
         return self.restore(self.weight, self.scale, self.columns, dtype)
 
     def _round(self, matrix: Tensor) -> None:
-        self.weight, self.scale = round_matrix(matrix, self.quantization)
+        self.weight, self.scale = round_matrix(matrix, BITS[self.bits])
 
     def _product(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., M)."""
