@@ -181,7 +181,7 @@ def test_every_processor_multiplies_many_rows(processor, weights, shape):
         exact, limit = x.double() @ weight.double().T, 1e-6
         found = torch.empty(exact.shape)
         numbers = structs.Matrix(weight.data_ptr(), None, *shape, WEIGHTS[weights])
-        compiler.library().openllama_many(numbers, x.data_ptr(), found.data_ptr(), len(x), 2)
+        kernels.library().openllama_many(numbers, x.data_ptr(), found.data_ptr(), len(x), 2)
     assert (found - exact).norm() < limit * exact.norm()
 
 
@@ -1068,12 +1068,12 @@ def test_it_is_built_once_for_all_processes(model, anew):
 
 
 def test_a_library_that_was_cut_is_built_again(anew):
-    compiler.library()
+    kernels.library()
     [library] = anew.glob("*.so")
     content = library.read_bytes()
     library.unlink()  # this process has it in memory
     library.write_bytes(content[: len(content) // 2])
-    code = "from openllama.inference.compiler import library; library()"
+    code = "from openllama.inference.kernels import library; library()"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0, "SIGBUS would be -7"
     assert compiler._is_whole(library)
     library.with_suffix(".sha256").write_bytes(b"\xff")
