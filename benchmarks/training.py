@@ -24,7 +24,7 @@ import loss_memory
 
 KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}  # glibc gives nothing back
 PRODUCT_SECONDS = 0.3  # how long the rate of products is measured
-ROWS = ("transformers", "all logits", "model.loss", "model.loss, products kept", "model.loss, layers recomputed")
+ROWS = tuple(row for row in loss_memory.ROWS if row != "transformers, layers recomputed")
 
 
 class Worker:

@@ -78,8 +78,8 @@ def _sdpa_in_blocks(query: Tensor, key: Tensor, value: Tensor, real: Tensor, dro
 def recomputed(function: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
     """``function`` of x and others as it is to be given to ``checkpoint``.
 
-    ``checkpoint`` calls it again in the backward pass, where a mode of torch may be off that is on now. A mode sees this
-    call, as that of any function of torch, and may return a function that switches it on.
+    ``checkpoint`` calls it again in the backward pass, where a mode of torch may be off that is on now. A mode sees
+    this call, as that of any function of torch, and may return a function that switches it on.
     """
     if has_torch_function((x,)):
         return handle_torch_function(recomputed, (x,), function, x)

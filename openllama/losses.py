@@ -39,6 +39,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     Forward accumulates log-sum-exp over the columns. Backward needs the logits again: their gradient is the softmax,
     minus one at the target. The first ``KEPT_LOGITS`` are kept, in the type of ``rows``; the others are computed a
     second time. Chunks are along the vocabulary, so each part of the weight's gradient is computed once, in place.
+    Where bfloat16 is slow on a CPU, its products are computed in float32 and rounded (``products``).
     """
 
     @staticmethod

@@ -25,12 +25,14 @@ from openllama.checks import PLAIN, is_transformed
 MANY = 32  # rows from which another way is worth its preparation
 BLOCK = 2**22  # numbers of a matrix that are converted at a time: what a cache holds
 
-_slow: dict[torch.dtype, bool] = {}  # what was measured; not functools.cache, through which torch.compile measures again
+_slow: dict[torch.dtype, bool] = {}  # what was measured; not functools.cache, through which torch.compile looks
 
 
 def bfloat16_is_slow() -> bool:
     """Whether torch needs half as long again for a product of bfloat16 as for one of float32."""
     if torch.bfloat16 not in _slow:
+        if torch.compiler.is_compiling():  # where nothing can be measured
+            return False
         _slow[torch.bfloat16] = _seconds(F.linear, torch.bfloat16) > 1.5 * _seconds(F.linear, torch.float32)
     return _slow[torch.bfloat16]
 
@@ -54,8 +56,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """``torch.mm`` of a (N, K) and b (K, M); in float32 where that is faster, and rounded to the type of a."""
-    if len(a) < MANY or not _by_float32(a, b):
+    """``torch.mm`` of a (N, K) and b (K, M), for gradients, which torch's product of bfloat16 may take longest for.
+
+    In float32 where that is faster, and rounded to the type of a.
+    """
+    if not _by_float32(a, b):
         return torch.mm(a, b, out=out)
     return _mm(a, b) if out is None else out.copy_(_mm(a, b))
 
@@ -69,9 +74,7 @@ def scaled_dot_product_attention(
         return F.scaled_dot_product_attention(query, key, value, attn_mask, *settings, **named)
     if attn_mask is not None and attn_mask.is_floating_point():
         attn_mask = attn_mask.float()
-    wide = F.scaled_dot_product_attention(
-        query.float(), key.float(), value.float(), attn_mask, *settings, **named
-    )
+    wide = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), attn_mask, *settings, **named)
     return wide.to(query.dtype)
 
 
@@ -148,12 +151,12 @@ def _(a: Tensor, b: Tensor) -> Tensor:
 
 def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     a, b = inputs
-    ctx.save_for_backward(a if ctx.needs_input_grad[1] else None, b if ctx.needs_input_grad[0] else None)
+    ctx.save_for_backward(b if ctx.needs_input_grad[0] else None, a if ctx.needs_input_grad[1] else None)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Those of a and b; products of the same kind, so they have gradients, too."""
-    a, b = ctx.saved_tensors
+    b, a = ctx.saved_tensors
     return None if b is None else _mm(grad, b.T), None if a is None else _mm(grad.T, a).T
 
 
