@@ -124,8 +124,13 @@ def _by_float32(*tensors: Tensor) -> bool:
 
 # An operator, not an autograd.Function: torch.compile and ``recompute.keep_products`` see one product, not its blocks.
 # It keeps what torch.mm keeps, in the same order, so a layer may be computed again with one in place of the other.
-@torch.library.custom_op("openllama::mm", mutates_args=(), device_types="cpu", schema="(Tensor a, Tensor b) -> Tensor")
-def _mm(a: Tensor, b: Tensor) -> Tensor:
+# Not by torch.library.custom_op, whose first call imports torch's compiler: 75 MiB and seconds.
+_LIBRARY = torch.library.Library("openllama", "FRAGMENT")
+_LIBRARY.define("mm(Tensor a, Tensor b) -> Tensor")
+_mm = torch.ops.openllama.mm.default
+
+
+def _mm_cpu(a: Tensor, b: Tensor) -> Tensor:
     """a (N, K) @ b (K, M) in float32, rounded to the type of a."""
     product = a.new_empty(len(a), b.shape[1])
     if len(a) <= b.shape[1]:
@@ -144,8 +149,7 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
         out[:, start : start + step] = torch.mm(a, block[:, : part.shape[1]].copy_(part))
 
 
-@_mm.register_fake
-def _(a: Tensor, b: Tensor) -> Tensor:
+def _mm_fake(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty(len(a), b.shape[1])
 
 
@@ -160,7 +164,9 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     return None if b is None else _mm(grad, b.T), None if a is None else _mm(grad.T, a).T
 
 
-_mm.register_autograd(_gradients, setup_context=_keep)
+_LIBRARY.impl("mm", _mm_cpu, "CPU")
+torch.library.register_fake("openllama::mm", _mm_fake, lib=_LIBRARY)
+torch.library.register_autograd("openllama::mm", _gradients, setup_context=_keep, lib=_LIBRARY)
 
 
 def _seconds(product: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> float:

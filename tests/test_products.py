@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -214,6 +216,20 @@ def test_no_more_is_kept_for_the_backward_pass_than_by_torch(
 def test_the_operator_keeps_to_what_it_declares() -> None:
     tensors = torch.randn(3, 5).bfloat16().requires_grad_(), torch.randn(4, 5).bfloat16().requires_grad_()
     torch.library.opcheck(products._mm, (tensors[0], tensors[1].T))
+
+
+def test_no_compiler_is_imported_for_a_product_and_its_gradients() -> None:
+    code = f"""
+import sys, torch
+from openllama import products
+products.bfloat16_is_slow = lambda: True
+x, weight = torch.ones({MANY}, 4).bfloat16().requires_grad_(), torch.ones(3, 4).bfloat16().requires_grad_()
+with products.FastProducts():
+    torch.nn.functional.linear(x, weight).sum().backward()
+print(weight.grad.sum().item(), "torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(float(12 * MANY)), "False"]
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
