@@ -12,11 +12,11 @@ model       the whole model, from token ids to logits; what follows serves it
 checks      what a call may be given
 outputs     what a call returns
 dropin      arguments of transformers that there are not, and what to do instead
+products    many rows at a time, in the way that is fast on a processor
 losses      what training minimises
 recompute   training in less memory
 surgery     vocabularies of another size
 compiler    loops in C++, built for the processor at hand
-products    many rows at a time, in the way that is fast on a processor
 quantized   matrices in 8 or 4 bits
 tokenizer   text to ids and back
 checkpoint  names, files and conversion

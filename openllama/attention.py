@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils.checkpoint import checkpoint
 
 from openllama import masks
@@ -70,8 +71,19 @@ def _sdpa_in_blocks(query: Tensor, key: Tensor, value: Tensor, real: Tensor, dro
         return sdpa_attention(rows, key[:, :, :seen], value[:, :, :seen], mask, dropout)[0]
 
     trains = torch.is_grad_enabled() and torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
-    run = partial(checkpoint, attend, use_reentrant=False) if trains else attend
+    run = partial(checkpoint, recomputed(attend, query), use_reentrant=False) if trains else attend
     return torch.cat([run(query, key, value, start) for start in range(0, query.shape[2], masks.BLOCK)], dim=2)
+
+
+def recomputed(function: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
+    """``function`` of x and others as it is to be given to ``checkpoint``.
+
+    ``checkpoint`` calls it again in the backward pass, where a mode of torch may be off that is on now. A mode sees
+    this call, as that of any function of torch, and may return a function that switches it on.
+    """
+    if has_torch_function((x,)):
+        return handle_torch_function(recomputed, (x,), function, x)
+    return function
 
 
 def xformers_attention(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropout: float) -> tuple[Tensor, None]:

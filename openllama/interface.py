@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from openllama import generation
-from openllama.attention import backend_with_weights
+from openllama.attention import backend_with_weights, recomputed
 from openllama.cache import Appended, Cache, KeyValue
 from openllama.checkpoint.gather import is_spread
 from openllama.checks import check_classification_labels, check_labels, check_tensor, checked_inputs, values_of
@@ -112,7 +112,7 @@ class OpenLlamaModel(PretrainedModel, Decoder):
         """One layer, computed again in the backward pass where that is on; hooks may return the vectors alone."""
         run: Callable[..., Any] = layer
         if self.gradient_checkpointing and self.training:
-            run = partial(checkpoint, layer, **self.checkpoint_arguments)
+            run = partial(checkpoint, recomputed(layer, x), **self.checkpoint_arguments)
         if not layer._forward_hooks:
             return run(x, number, context)
         appended: Any = Appended(context.cache)

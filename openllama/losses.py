@@ -10,6 +10,7 @@ from torch import Tensor
 
 from openllama.checks import is_transformed
 from openllama.errors import InputError
+from openllama.products import linear, matmul
 
 CHUNK_LOGITS = 2**22  # logits that the chunked loss works on at a time: 16 MiB in float32
 KEPT_LOGITS = 2**25  # logits that it keeps from forward for backward: 64 MiB in half precision
@@ -38,6 +39,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     Forward accumulates log-sum-exp over the columns. Backward needs the logits again: their gradient is the softmax,
     minus one at the target. The first ``KEPT_LOGITS`` are kept, in the type of ``rows``; the others are computed a
     second time. Chunks are along the vocabulary, so each part of the weight's gradient is computed once, in place.
+    Where bfloat16 is slow on a CPU, its products are computed in float32 and rounded (``products``).
     """
 
     @staticmethod
@@ -48,7 +50,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         target_logits = torch.zeros_like(logsumexp)
         kept: list[Tensor] = []
         for start in range(0, len(weight), size):
-            logits = F.linear(rows, weight[start : start + size])
+            logits = linear(rows, weight[start : start + size])
             if start * len(rows) + logits.numel() <= KEPT_LOGITS:
                 kept.append(logits)
             logits = _upcast(logits)
@@ -71,14 +73,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         for number, start in enumerate(range(0, len(weight), ctx.size)):
             chunk = weight[start : start + ctx.size]
-            logits = kept[number] if number < len(kept) else F.linear(rows, chunk)
+            logits = kept[number] if number < len(kept) else linear(rows, chunk)
             wide = (logits - logsumexp[:, None]).exp_()  # probabilities
             column, inside = _columns(targets, start, wide)
             wide.scatter_add_(1, column, -inside[:, None].to(wide.dtype))
             grad_logits = wide.mul_(scale).to(rows.dtype)
             if grad_weight is not None:
-                torch.mm(grad_logits.T, rows, out=grad_weight[start : start + ctx.size])
-            grad_rows += grad_logits @ chunk
+                matmul(grad_logits.T, rows, out=grad_weight[start : start + ctx.size])
+            grad_rows += matmul(grad_logits, chunk)
         return grad_rows.to(rows.dtype), grad_weight, None
 
 

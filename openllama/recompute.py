@@ -16,6 +16,7 @@ KEPT = {  # by name: an operator that a release of torch does not have is not an
     "aten.mm.default",
     "aten.bmm.default",
     "aten.addmm.default",
+    "openllama.mm.default",  # of products.py
     "aten._scaled_dot_product_flash_attention_for_cpu.default",
     "aten._scaled_dot_product_flash_attention.default",
     "aten._scaled_dot_product_efficient_attention.default",

@@ -39,6 +39,7 @@ PUBLIC = {  # module -> its public names, in the order of the page
     "openllama.cache": "GrowingCache PreallocatedCache Cache KeyValue",
     "openllama.masks": "pack_documents",
     "openllama.recompute": "keep_products",
+    "openllama.products": "FastProducts",
     "openllama.chat": "ChatSession ChatTemplate",
     "openllama.model": "CausalLM Inputs Output Decoder StableEmbedding DecoderLayer Attention MLP RMSNorm init_weights",
     "openllama.errors": "OpenLlamaError ConfigError InputError BackendError TokenizerError CheckpointError "

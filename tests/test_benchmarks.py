@@ -30,10 +30,11 @@ def training(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_training_step_is_timed_in_turns_and_compared_with_the_limit_of_its_products(tmp_path: Path) -> None:
     file = tmp_path / "result.json"
-    done = training("--rows", "model.loss", "--keep-memory", "--json", str(file))
+    done = training("--rows", "model.loss", "model.loss, fast products", "--keep-memory", "--json", str(file))
     assert done.returncode == 0, done.stderr
     result = json.loads(file.read_text())
-    assert list(result["rows"]) == ["model.loss", "model.loss, memory kept"]
+    rows = ["model.loss", "model.loss, fast products"]
+    assert list(result["rows"]) == [*rows, *(f"{row}, memory kept" for row in rows)]
     operations = 6 * 16 * (4 * 32 * 32 + 3 * 32 * 64 + 300 * 32)
     assert result["limit"] == pytest.approx(operations / result["operations_per_second"])
     first = result["rows"]["model.loss"]["seconds"]

@@ -84,6 +84,23 @@ def test_a_training_step_is_one_graph(chunked: bool) -> None:
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_can_be_compiled_one_by_one_for_training(checkpointing: bool) -> None:
+    model = tiny_model(attn_implementation="sdpa", **NO_DROPOUT).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    graphs: list[Any] = []
+    found = []
+    for compiled in (False, True):
+        for layer in model.model.layers if compiled else ():
+            layer.compile(backend=lambda graph, inputs: graphs.append(graph) or graph, fullgraph=True)
+        loss = model.loss(tiny_ids(), tiny_ids())
+        loss.backward()
+        found.append({**gradients(model), "loss": loss.detach()})
+    torch.testing.assert_close(*found)
+    assert graphs
+
+
 @torch.no_grad()
 def test_generating_compiles_a_fixed_number_of_graphs() -> None:
     graphs: list[Any] = []
@@ -106,6 +123,17 @@ def test_inductor_gives_the_same_logits() -> None:
     model = tiny_model(attn_implementation="sdpa", num_hidden_layers=1)
     compiled = torch.compile(model, fullgraph=True)
     torch.testing.assert_close(compiled(tiny_ids()).logits, model(tiny_ids()).logits)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_a_layer_compiled_by_inductor_has_the_same_gradients() -> None:
+    model = tiny_model(attn_implementation="sdpa", num_hidden_layers=1, **NO_DROPOUT).train()
+    found = []
+    for make in (lambda: None, model.model.layers[0].compile):
+        make()
+        model.loss(tiny_ids(), tiny_ids()).backward()
+        found.append(gradients(model))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 # --- export ---
