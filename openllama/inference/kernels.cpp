@@ -373,7 +373,7 @@ void odd_multiply(const Matrix& m, const float* x, float* y, int64_t n, bool add
 // PANEL rows is widened, to float32 or to integers of 16 bits, and turned: the numbers of a column (integers: of two
 // columns) lie together. PANELS panels of SPAN columns are what a cache holds.
 const int SPAN = 256, GAP = 16;  // a gap, as rows of 2^n bytes would take each other's places in a cache
-const int PANELS = 8;
+const int PANELS = 16;
 
 // Integers of x and of the matrix: their products over a span are added in 32 bits.
 const int INT8_INPUT = 32767, INT4_INPUT = 4095, INT4_WEIGHT = 2048;
@@ -452,15 +452,18 @@ struct Buffer {
 template <class Step>
 struct Many {
     typedef typename Step::Number Number;
-    static const int PANEL = 2 * Step::ROWS, BLOCK = PANELS * PANEL, APART = SPAN + GAP;
+    static const int PANEL = 2 * Step::ROWS, APART = SPAN + GAP;
 
     const Matrix& m;
-    int64_t n, spans;
-    Buffer<Number> x;        // (spans, N, APART)
-    Buffer<float> x_scales;  // (spans, N)
+    int64_t n, spans, block;  // rows of x, spans of columns, rows of the matrix that are multiplied at a time
+    Buffer<Number> x;         // (spans, N, APART)
+    Buffer<float> x_scales;   // (spans, N)
 
-    Many(const Matrix& m, int64_t n)
-        : m(m), n(n), spans((m.columns + SPAN - 1) / SPAN), x(spans * n * APART), x_scales(spans * n) {}
+    Many(const Matrix& m, int64_t n, int64_t threads)
+        : m(m), n(n), spans((m.columns + SPAN - 1) / SPAN), x(spans * n * APART), x_scales(spans * n) {
+        int64_t panels = (m.rows + PANEL - 1) / PANEL, each = (panels + threads - 1) / threads;
+        block = PANEL * std::min<int64_t>(PANELS, each);
+    }
 
     int64_t size(int64_t span) const { return std::min<int64_t>(SPAN, m.columns - span * SPAN); }
 
@@ -501,16 +504,16 @@ struct Many {
         for (int n = 0; n < N; n++)
             for (int half = 0; half < 2; half++) {
                 typedef decltype(Step::floats(totals[n][half])) Part;
-                Part& out = *(Part*)(sums + (first + n) * BLOCK + half * Step::ROWS);
+                Part& out = *(Part*)(sums + (first + n) * self.block + half * Step::ROWS);
                 Part scale = *(const Part*)(scales + half * Step::ROWS) * self.x_scales.data[item + n];
                 out += Step::floats(totals[n][half]) * scale;
             }
     }
 
-    // sums (N, BLOCK) += x @ the rows of the matrix from `row` on, over a span; `w` has room for their panels
+    // sums (N, block) += x @ the rows of the matrix from `row` on, over a span; `w` has room for their panels
     void multiply_block(int64_t row, int64_t panels, int64_t span, Number* w, float* sums) const {
         static const decltype(&tile<1>) tiles[TILE] = {tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>};
-        float scales[BLOCK];
+        float scales[PANELS * PANEL];
         for (int64_t p = 0; p < panels; p++)
             widen_panel(row + p * PANEL, span, w + p * PANEL * SPAN, scales + p * PANEL);
         for (int64_t t = 0; t < Share::count(n); t++) {
@@ -522,22 +525,22 @@ struct Many {
     }
 
     void multiply(float* y) const {
-        Buffer<Number> w(BLOCK * SPAN);
-        Buffer<float> sums(n * BLOCK);
+        Buffer<Number> w(block * SPAN);
+        Buffer<float> sums(n * block);
         #pragma omp for schedule(dynamic)
-        for (int64_t row = 0; row < m.rows; row += BLOCK) {
-            int64_t rows = std::min<int64_t>(BLOCK, m.rows - row);
-            std::fill_n(sums.data, n * BLOCK, 0.f);
+        for (int64_t row = 0; row < m.rows; row += block) {
+            int64_t rows = std::min<int64_t>(block, m.rows - row);
+            std::fill_n(sums.data, n * block, 0.f);
             for (int64_t span = 0; span < spans; span++)
                 multiply_block(row, (rows + PANEL - 1) / PANEL, span, w.data, sums.data);
-            for (int64_t i = 0; i < n; i++) memcpy(y + i * m.rows + row, sums.data + i * BLOCK, rows * sizeof(float));
+            for (int64_t i = 0; i < n; i++) memcpy(y + i * m.rows + row, sums.data + i * block, rows * sizeof(float));
         }
     }
 };
 
 template <class Step>
 void many(const Matrix& m, const float* x, float* y, int64_t n, int64_t threads) {
-    Many<Step> product(m, n);
+    Many<Step> product(m, n, threads);
     #pragma omp parallel num_threads(threads)
     {
         product.read(x, m.kind == INT8 ? INT8_INPUT : INT4_INPUT);
