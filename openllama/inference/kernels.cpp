@@ -105,7 +105,7 @@ Floats eight(const Number* p, int count) {  // with zeros after the first `count
 template <class Any>
 void hold(Any& v) {
 #ifdef __AVX2__
-    asm("" : "+x"(v));
+    asm("" : "+v"(v));
 #endif
 }
 
@@ -513,7 +513,7 @@ struct Many {
     // sums (N, block) += x @ the rows of the matrix from `row` on, over a span; `w` has room for their panels
     void multiply_block(int64_t row, int64_t panels, int64_t span, Number* w, float* sums) const {
         static const decltype(&tile<1>) tiles[TILE] = {tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>};
-        float scales[PANELS * PANEL];
+        alignas(64) float scales[PANELS * PANEL];
         for (int64_t p = 0; p < panels; p++)
             widen_panel(row + p * PANEL, span, w + p * PANEL * SPAN, scales + p * PANEL);
         for (int64_t t = 0; t < Share::count(n); t++) {
