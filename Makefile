@@ -35,7 +35,7 @@ quick: lint .venv/.installed-test
 	$(BIN)/python -m pytest --quiet $(QUICK)
 
 test: .venv/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
 lint: .venv/.installed-test .venv/.installed-dev
 	$(BIN)/ruff check .

@@ -42,8 +42,9 @@ PUBLIC = {  # module -> its public names, in the order of the page
     "openllama.products": "FastProducts",
     "openllama.chat": "ChatSession ChatTemplate",
     "openllama.model": "CausalLM Inputs Output Decoder StableEmbedding DecoderLayer Attention MLP RMSNorm init_weights",
-    "openllama.errors": "OpenLlamaError ConfigError InputError BackendError TokenizerError CheckpointError "
-    "CheckpointNotFoundError CorruptCheckpointError UnsafePickleError KeyMismatchError DestinationExistsError",
+    "openllama.errors": "OpenLlamaError ConfigError InputError BackendError NumericalError TokenizerError "
+    "CheckpointError CheckpointNotFoundError CorruptCheckpointError UnsafePickleError KeyMismatchError "
+    "DestinationExistsError",
 }
 ALIASES = {  # names of types, which cannot have a docstring
     "LogitsProcessor": "A function of ids (B, L) and scores (B, V) that returns the changed scores.",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 # The models are tiny: a second thread costs more than it gives.
 torch.set_num_threads(int(os.environ.get("OPENLLAMA_TEST_THREADS", "1")))
+torch.manual_seed(0)  # random arguments of tests are in their names, by which processes share the tests out
 
 
 @pytest.fixture(autouse=True)
@@ -47,12 +50,29 @@ def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     compiler.library.cache_clear()
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+_compared: Counter[str] = Counter()  # by all processes that run tests
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Count what this process has compared, or hand it to the process that sums up."""
     oracle = sys.modules.get("tests.oracle")
-    if oracle is None or not hasattr(oracle, "compared"):
+    if found := dict(getattr(oracle, "compared", {})):
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput["compared"] = found
+        else:
+            _compared.update(found)
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_testnodedown(node: Any) -> None:
+    _compared.update(getattr(node, "workeroutput", {}).get("compared", {}))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not _compared:
         return
     terminalreporter.write_sep("-", "compared with transformers 4.31.0")
-    for bar, count in sorted(oracle.compared.items()):
+    for bar, count in sorted(_compared.items()):
         terminalreporter.write_line(f"{count:7d} {bar}")
     kernels, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
     terminalreporter.write_line(f"computed by {kernels} kernels of torch, threads: {threads}")

@@ -22,7 +22,7 @@ from torch import Tensor
 from openllama import OpenLlamaConfig, OpenLlamaForCausalLM, OpenLlamaForSequenceClassification, OpenLlamaModel
 from openllama.attention import attention
 from openllama.checkpoint import hf_to_native
-from openllama.errors import BackendError, ConfigError, InputError
+from openllama.errors import BackendError, ConfigError, InputError, NumericalError
 from openllama.masks import causal_mask, prepare_mask
 from openllama.rope import cos_sin, frequencies
 from tests.checkpoints import hf_weights, write_checkpoint
@@ -40,11 +40,11 @@ def rows_tested(file: str) -> set[int]:
     return {int(row) for row in re.findall(r"def test_row_(\d\d)_", (ROOT / file).read_text(encoding="utf-8"))}
 
 
-def test_the_page_has_34_rows_and_each_has_its_test() -> None:
+def test_the_page_has_35_rows_and_each_has_its_test() -> None:
     page = (ROOT / "docs" / "fidelity.md").read_text(encoding="utf-8")
     rows = [(int(number), verdict) for number, verdict in re.findall(r"^\| (\d+) \|.*\| (same|ours) \|", page, re.M)]
-    assert [number for number, _ in rows] == list(range(1, 35))
-    assert rows_tested("tests/parity/test_fidelity_parity.py") == set(range(1, 35))
+    assert [number for number, _ in rows] == list(range(1, 36))
+    assert rows_tested("tests/parity/test_fidelity_parity.py") == set(range(1, 36))
     assert rows_tested("tests/test_fidelity.py") >= {number for number, verdict in rows if verdict == "ours"}
 
 
@@ -389,3 +389,13 @@ def test_row_34_labels_of_any_integer_type_give_the_loss_of_int64(dtype: torch.d
 
     classes = torch.tensor([2, 0])
     assert losses(tiny_ids().to(dtype), classes.to(dtype)) == losses(tiny_ids(), classes)
+
+
+@torch.no_grad()
+def test_row_35_scores_that_are_nan_pick_no_token() -> None:
+    model = tiny_model()
+    model.lm_head.weight[7] = torch.nan
+    for way in ({}, {"do_sample": True}):
+        with pytest.raises(NumericalError, match="NaN"):
+            model.generate(tiny_ids(), max_new_tokens=2, **way)
+    assert model.generate(tiny_ids(), max_new_tokens=2, remove_invalid_values=True).shape == (2, 9)

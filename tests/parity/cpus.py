@@ -55,6 +55,8 @@ def run(processor: str, threads: int) -> Result:
     environment = {**os.environ, **PROCESSORS[processor], "OPENLLAMA_TEST_THREADS": str(threads)}
     environment["OMP_WAIT_POLICY"] = "PASSIVE"  # where other programs run, threads that spin take ten times as long
     command = [sys.executable, "-m", "pytest", "--quiet", "tests/parity"]
+    if threads == 1:
+        command += ["--numprocesses=auto", "--maxprocesses=4", "--dist=worksteal"]
     start = time.monotonic()
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     seconds = round(time.monotonic() - start)

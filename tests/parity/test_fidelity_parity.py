@@ -810,3 +810,13 @@ def test_row_34_hf_takes_int64_labels_only(dtype: torch.dtype) -> None:
         hf(tiny_ids(), labels=labels.to(dtype))
     hf.config.problem_type = None  # the call that failed has written it
     assert torch.equal(ours(tiny_ids(), labels=labels.to(dtype)).loss, hf(tiny_ids(), labels=labels).loss)
+
+
+@torch.no_grad()
+def test_row_35_hf_takes_the_first_token_whose_score_is_nan() -> None:
+    hf, ours = both(**OWN_HEAD)
+    for model in (hf, ours):
+        model.lm_head.weight[7] = torch.nan
+    assert (hf.generate(tiny_ids(), max_new_tokens=2)[:, 7:] == 7).all()
+    settings = {"max_new_tokens": 2, "remove_invalid_values": True}
+    assert torch.equal(ours.generate(tiny_ids(), **settings), hf.generate(tiny_ids(), **settings))
