@@ -38,7 +38,12 @@ PHASES = (PREFILL, DECODE, SHORT, LONG, BATCH, "generate", "start")
 def main() -> int:
     options = parsed()
     run = Run(options)
-    run.measure()
+    try:
+        run.measure()
+    except KeyboardInterrupt:
+        kept = f"; {options.json} has the phases that ended, if any did" if options.json else ""
+        print(f"interrupted{kept}", file=sys.stderr)
+        return 130
     results = run.results()
     print(text(results))
     for draw, path in ((draw_bars, options.plot), (draw_roofline, options.roofline)):

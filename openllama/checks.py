@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from openllama.cache import Cache, GrowingCache, KeyValue, PreallocatedCache
 from openllama.config import OpenLlamaConfig
@@ -41,6 +42,13 @@ def is_transformed(tensor: Tensor) -> bool:
     except RuntimeError:
         return True
     return False
+
+
+def has_numbers(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is plain memory of a CPU and nothing else: not wrapped by ``torch.func``, and no tangent."""
+    if not tensor.is_cpu or type(tensor) not in PLAIN or is_transformed(tensor):
+        return False
+    return torch.compiler.is_compiling() or forward_ad.unpack_dual(tensor).tangent is None
 
 
 def checked_inputs(

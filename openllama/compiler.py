@@ -112,16 +112,14 @@ def folder(name: str) -> Path:
 def _private_folder() -> Path:
     """A folder that anybody could have made before, and loops of somebody else would run as this user."""
     if not hasattr(os, "getuid"):
-        raise BackendError("the loops of fast decoding have no folder that can be written; set OPENLLAMA_CACHE to one")
+        raise BackendError("the compiled loops have no folder that can be written; set OPENLLAMA_CACHE to one")
     try:
         path = Path(tempfile.gettempdir(), f"openllama-{os.getuid()}")
         with contextlib.suppress(FileExistsError):
             path.mkdir(mode=0o700)
         found = path.lstat()
     except OSError as error:
-        raise BackendError(
-            f"the loops of fast decoding have no folder ({error}); set OPENLLAMA_CACHE to one"
-        ) from error
+        raise BackendError(f"the compiled loops have no folder ({error}); set OPENLLAMA_CACHE to one") from error
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise BackendError(
             f"{path} must be a folder of user {os.getuid()} that no other can open, it has mode "
@@ -140,7 +138,7 @@ def _compiler() -> list[str]:
         if shutil.which(command[0]):
             return command
     tried = wanted[0] if wanted else ", ".join(COMPILERS)
-    raise BackendError(f"fast decoding needs a C++ compiler, and there is none ({tried}); install one or set CXX")
+    raise BackendError(f"compiled loops need a C++ compiler, and there is none ({tried}); install one or set CXX")
 
 
 def _tuned() -> list[str]:
@@ -187,6 +185,10 @@ def _build(command: list[str], path: Path) -> None:
     except subprocess.CalledProcessError as error:
         said = error.stderr.strip() or f"it ended with code {error.returncode}"
         reason = next((line for line in said.splitlines() if "error" in line), said)
-        raise BackendError(f"{command[0]} could not compile the loops of fast decoding: {reason}") from error
+        raise BackendError(
+            f"{command[0]} could not compile the loops: {reason}; set CXX to another compiler"
+        ) from error
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise BackendError(f"the loops of fast decoding could not be built in {path.parent}: {error}") from error
+        raise BackendError(
+            f"the compiled loops could not be built in {path.parent}: {error}; set OPENLLAMA_CACHE to a folder of yours"
+        ) from error

@@ -65,7 +65,7 @@ class InputError(OpenLlamaError, ValueError):
 
 
 class BackendError(OpenLlamaError, RuntimeError):
-    """An attention backend that was requested by name cannot run here."""
+    """An attention backend, or the compiled loops, cannot run here."""
 
 
 class NumericalError(OpenLlamaError, RuntimeError):

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from openllama.attention import recomputed
-from openllama.checks import PLAIN, is_transformed
+from openllama.checks import has_numbers
 
 MANY = 32  # rows from which another way is worth its preparation
 BLOCK = 2**22  # numbers of a matrix that are converted at a time: what a cache holds
@@ -44,15 +44,20 @@ def int8_is_slow() -> bool:
     return _slow[torch.int8]
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear`` of x (..., K) and weight (M, K); in float32 where that is faster, and rounded to the type of x.
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear`` of input (..., K) and weight (M, K); in float32 where that is faster, and rounded to their type.
 
     The gradients are computed in the same way.
     """
-    rows = x.numel() // max(1, x.shape[-1])
-    if bias is not None or rows < MANY or not _by_float32(x, weight):
-        return F.linear(x, weight, bias)
-    return _mm(x.reshape(rows, x.shape[-1]), weight.T).view(*x.shape[:-1], len(weight))
+    if bias is not None or not is_large(input, weight) or not _by_float32(input, weight):
+        return F.linear(input, weight, bias)
+    return _mm(input.reshape(-1, weight.shape[1]), weight.T).view(*input.shape[:-1], len(weight))
+
+
+def is_large(input: Tensor, weight: Tensor) -> bool:
+    """Whether these are ``MANY`` rows or more and a matrix that fits to them."""
+    fits = weight.ndim == 2 and input.ndim and input.shape[-1] == weight.shape[1]
+    return bool(fits and input.numel() >= MANY * max(1, weight.shape[1]))
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -87,7 +92,7 @@ class FastProducts(TorchFunctionMode):
     types, under ``torch.func`` and for tensors that are distributed, nothing changes. ``model.loss`` computes its own
     products, those with the head, in this way without being told.
 
-    The backward pass may be outside of the context. Where layers are computed again by
+    The context is that of one thread, as with every mode of torch. The backward pass may be outside of it. Where layers are computed again by
     ``torch.utils.checkpoint`` in another way than ``gradient_checkpointing_enable``, it must be inside.
     """
 
@@ -117,9 +122,8 @@ def _with_fast_products(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _by_float32(*tensors: Tensor) -> bool:
     """Whether products of these tensors are faster in float32 than as torch computes them."""
-    if not all(tensor.is_cpu and tensor.dtype == torch.bfloat16 and type(tensor) in PLAIN for tensor in tensors):
-        return False
-    return bfloat16_is_slow() and not any(is_transformed(tensor) for tensor in tensors)
+    narrow = all(tensor.dtype == torch.bfloat16 and has_numbers(tensor) for tensor in tensors)
+    return narrow and bfloat16_is_slow()
 
 
 # An operator, not an autograd.Function: torch.compile and ``recompute.keep_products`` see one product, not its blocks.
@@ -172,10 +176,10 @@ torch.library.register_autograd("openllama::mm", _gradients, setup_context=_keep
 def _seconds(product: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> float:
     """The least time of three small products, after one that prepares."""
     x, weight = (torch.ones(rows, 512, dtype=dtype, device="cpu") for rows in (MANY, 512))
-    product(x, weight)
     times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        product(x, weight)
-        times.append(time.perf_counter() - start)
-    return min(times)
+    with torch.autocast("cpu", enabled=False):
+        for _ in range(4):
+            start = time.perf_counter()
+            product(x, weight)
+            times.append(time.perf_counter() - start)
+    return min(times[1:])

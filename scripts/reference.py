@@ -44,7 +44,7 @@ PUBLIC = {  # module -> its public names, in the order of the page
     "openllama.model": "CausalLM Inputs Output Decoder StableEmbedding DecoderLayer Attention MLP RMSNorm init_weights",
     "openllama.errors": "OpenLlamaError ConfigError InputError BackendError NumericalError TokenizerError "
     "CheckpointError CheckpointNotFoundError CorruptCheckpointError UnsafePickleError KeyMismatchError "
-    "DestinationExistsError",
+    "DestinationExistsError DestinationBusyError",
 }
 ALIASES = {  # names of types, which cannot have a docstring
     "LogitsProcessor": "A function of ids (B, L) and scores (B, V) that returns the changed scores.",

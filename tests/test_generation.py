@@ -558,7 +558,7 @@ def test_where_reading_would_wait_for_a_device_nan_is_found_at_the_end(model, pr
     arguments = {"max_new_tokens": 6, "eos_token_id": 39 if ends else None}
     handle = count_forwards(model, calls)
     try:
-        with pytest.raises(NumericalError, match="sequence 0"):
+        with pytest.raises(NumericalError, match=r"\(sequence 0, new token 3\)"):
             model.generate(prompt[:1], **arguments, logits_processor=[spoiled(0, prompt.shape[1] + 2, torch.nan)])
     finally:
         handle.remove()
@@ -571,6 +571,38 @@ def test_what_comes_after_the_end_of_a_sequence_may_be_no_number(model, prompt):
     expected = model.generate(prompt, **arguments)
     processors = [spoiled(0, prompt.shape[1] + 1, torch.nan)]
     assert torch.equal(model.generate(prompt, **arguments, logits_processor=processors), expected)
+
+
+def test_scores_that_allow_nothing_pick_no_token(model, prompt):
+    nothing = [lambda ids, scores: torch.full_like(scores, -torch.inf)]
+    for way in ({}, {"do_sample": True}, {"prompt_lookup_num_tokens": 3}, {"assistant_model": model}):
+        with pytest.raises(NumericalError, match=r"\(sequence 0, new token 1\).*logits processor"):
+            model.generate(prompt[:1], max_new_tokens=4, logits_processor=nothing, **way)
+
+
+def test_a_sequence_that_has_ended_without_numbers_does_not_change_what_others_draw(model, prompt):
+    def end_first(ids, scores):
+        if ids.shape[1] == prompt.shape[1]:
+            scores = scores.clone()
+            scores[0] = -torch.inf
+            scores[0, 5] = 0
+        return scores
+
+    def sampled(*processors):
+        torch.manual_seed(4)
+        arguments = {"max_new_tokens": 8, "do_sample": True, "eos_token_id": 5}
+        return model.generate(prompt, logits_processor=[end_first, *processors], **arguments)
+
+    expected = sampled()
+    assert expected[0, prompt.shape[1]] == 5
+    assert torch.equal(sampled(spoiled(0, prompt.shape[1] + 1, torch.nan)), expected)
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_on_a_device_the_token_is_named_that_had_no_number(model, prompt, row, monkeypatch):
+    as_on_a_device(monkeypatch)
+    with pytest.raises(NumericalError, match=rf"\(sequence {row}, new token 2\)"):
+        model.generate(prompt, max_new_tokens=6, logits_processor=[spoiled(row, prompt.shape[1] + 1, torch.nan)])
 
 
 def test_numbers_in_place_of_nan_can_be_asked_for(model, prompt):

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import forward_ad as fwd_ad
 from torch.nn import Parameter
 from torch.nn.modules.module import register_module_forward_hook
 
@@ -179,9 +180,7 @@ def test_every_processor_multiplies_many_rows(processor, weights, shape):
     else:
         weight = matrix.to(getattr(torch, weights))
         exact, limit = x.double() @ weight.double().T, 1e-6
-        found = torch.empty(exact.shape)
-        numbers = structs.Matrix(weight.data_ptr(), None, *shape, WEIGHTS[weights])
-        kernels.library().openllama_many(numbers, x.data_ptr(), found.data_ptr(), len(x), 2)
+        found = _many(kernels.library(), x, structs.Matrix(weight.data_ptr(), None, *shape, WEIGHTS[weights]))
     assert (found - exact).norm() < limit * exact.norm()
 
 
@@ -202,6 +201,34 @@ def test_prompts_are_multiplied_by_the_loops_where_they_are_faster(dtype, monkey
         assert bool(calls) is pays
 
 
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_products_of_many_rows_stay_in_the_room_that_they_asked_for(weights, threads):
+    for rows, columns, n in ((1, 1, 1), (70, 300, 33), (600, 32, 7)):
+        matrix = torch.randn(rows, columns)
+        if weights in ("int8", "int4"):
+            stored, scale = round_matrix(matrix, weights)
+        else:
+            stored, scale = matrix.to(getattr(torch, weights)), torch.empty(0)
+        struct = structs.Matrix(stored.data_ptr(), scale.data_ptr(), rows, columns, WEIGHTS[weights])
+        x, y = torch.randn(n, columns), torch.empty(n, rows)
+        many = kernels.library().openllama_many
+        size = many(struct, None, None, n, None, threads)
+        room = torch.full((size + 1024,), 7.0)
+        assert many(struct, x.data_ptr(), y.data_ptr(), n, room.data_ptr(), threads) == size
+        assert (room[size:] == 7).all()
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_scale_that_is_not_finite_gives_no_numbers(quantization, value):
+    weight, scale = round_matrix(torch.randn(4, 64), quantization)
+    scale[1] = value
+    found = multiply(torch.randn(33, 64), weight, scale)
+    assert not found[:, 1].isfinite().any()
+    assert found[:, ::2].isfinite().all()
+
+
 def test_what_the_loops_do_not_multiply_is_left_to_torch():
     weight, x = torch.randn(70, 96), torch.randn(40, 96)
     with torch.no_grad():
@@ -211,9 +238,18 @@ def test_what_the_loops_do_not_multiply_is_left_to_torch():
         assert linear(x.double(), weight.double()) is None
         assert linear(x, torch.randn(96, 70).T) is None
     assert linear(x, weight) is None, "gradients"
-    for arguments in ((x, weight, torch.ones(70)), (x[:3], weight)):
+    for arguments in ((x, weight, torch.ones(70)), (x[:3], weight), (x, weight[0]), (x[:, :0], weight[:, :0])):
+        expected = F.linear(*arguments)
         with torch.no_grad(), LoopProducts():
-            assert F.linear(*arguments).equal(F.linear(*arguments))
+            assert F.linear(*arguments).equal(expected)
+    with torch.no_grad(), LoopProducts():
+        torch.testing.assert_close(F.linear(input=x, weight=weight), x @ weight.T)
+        with pytest.raises(RuntimeError, match="mat1 and mat2"):
+            F.linear(x, weight[:, :5])
+        with torch.autocast("cpu", torch.bfloat16):
+            assert F.linear(x, weight).dtype == torch.bfloat16
+        with fwd_ad.dual_level():
+            assert fwd_ad.unpack_dual(F.linear(fwd_ad.make_dual(x, x), weight)).tangent is not None
     with LoopProducts():
         F.linear(x, weight.requires_grad_()).sum().backward()
     assert weight.grad is not None
@@ -931,7 +967,7 @@ def test_a_quantised_model_that_was_pickled_where_there_is_a_compiler_is_used_wh
 
 def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(model, anew, monkeypatch):
     monkeypatch.setattr(compiler, "FLAGS", (*compiler.FLAGS, "--no-such-flag"))
-    with pytest.warns(UserWarning, match="could not compile .*no-such-flag"):
+    with pytest.warns(UserWarning, match="could not compile the loops.*no-such-flag.*; set CXX"):
         fast(model)
     assert list(anew.iterdir()) == []
 
@@ -945,7 +981,7 @@ def test_a_library_that_cannot_be_loaded_names_the_file(model, anew, monkeypatch
 
 def test_a_folder_that_cannot_be_written_is_a_warning(model, anew):
     anew.write_text("a file")
-    with pytest.warns(UserWarning, match=r"could not be built in .*cache"):
+    with pytest.warns(UserWarning, match=r"could not be built in .*cache.*; set OPENLLAMA_CACHE"):
         fast(model)
 
 

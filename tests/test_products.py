@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from openllama import losses, masks, products
 from openllama.cache import PreallocatedCache
@@ -68,6 +69,26 @@ def test_modules_get_the_fast_product_where_it_is_switched_on(monkeypatch: pytes
         assert module(torch.ones(2, 3)) == 7
         assert torch.equal(torch.ones(2) + 1, torch.full((2,), 2.0))
     assert module(torch.ones(2, 3)).shape == (2, 3)
+
+
+def test_what_f_linear_takes_besides_is_its_own(slow: bool) -> None:
+    x, weight = torch.randn(MANY, 70).bfloat16(), torch.randn(23, 70).bfloat16()
+    with FastProducts():
+        torch.testing.assert_close(F.linear(input=x, weight=weight), F.linear(x, weight), rtol=0, atol=0)
+        assert F.linear(x, weight[0]).shape == (MANY,)
+        assert F.linear(x[:, :0], weight[:, :0]).shape == (MANY, 23)
+        with pytest.raises(RuntimeError, match="mat1 and mat2"):
+            F.linear(x, weight[:, :5])
+        with forward_ad.dual_level():
+            assert forward_ad.unpack_dual(F.linear(forward_ad.make_dual(x, x), weight)).tangent is not None
+
+
+def test_what_is_slow_does_not_depend_on_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[torch.dtype] = []
+    monkeypatch.setattr(F, "linear", lambda x, weight: measured.append((x @ weight.T).dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        products._seconds(F.linear, torch.float32)
+    assert set(measured) == {torch.float32}
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import openllama
+from openllama import errors
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
@@ -28,6 +29,11 @@ def value_of(full_name: str) -> object:
 
 def test_the_page_is_what_the_script_makes() -> None:
     assert reference.PAGE.read_text(encoding="utf-8") == reference.page(), "run: python scripts/reference.py"
+
+
+def test_every_error_is_public() -> None:
+    defined = {name for name, value in vars(errors).items() if inspect.isclass(value) and issubclass(value, Exception)}
+    assert set(reference.PUBLIC["openllama.errors"].split()) == defined
 
 
 @pytest.mark.parametrize("full_name", NAMES)

@@ -48,9 +48,12 @@ class Worker:
         assert self.process.stdout is not None  # noqa: S101
         late = threading.Event()
         timer = threading.Timer(self.patience, lambda: (late.set(), self.process.kill()))
+        timer.daemon = True
         timer.start()
-        line = self.process.stdout.readline()
-        timer.cancel()
+        try:
+            line = self.process.stdout.readline()
+        finally:
+            timer.cancel()
         if line:
             return json.loads(line)
         if late.is_set():

@@ -83,7 +83,10 @@ def _source(sequences: Sequences, request: Request) -> Lookup | Assistant:
 
 
 def _can_share(sequences: Sequences, assistant: LanguageModel) -> bool:
-    """Whether ``assistant`` is the model, rounded, and writes its keys and values as they lie in the model's cache."""
+    """Whether ``assistant`` is the model, rounded, and writes its keys and values as they lie in the model's cache.
+
+    Its config says so. Another model of the same config would guess worse, and the ids would be the same.
+    """
     own, config = sequences.model.config, assistant.config
     if config.quantization in (None, own.quantization):
         return False

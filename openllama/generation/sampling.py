@@ -24,15 +24,13 @@ def pick(scores: Tensor, do_sample: bool, generator: torch.Generator | None = No
 def draw(scores: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
     """``count`` different tokens per row of scores (B, V) -> (B, count).
 
-    Of rows that make no probabilities, the highest: that these are no numbers is found where tokens are checked.
+    A row without probabilities gets tokens whose scores are no numbers, which is found where tokens are checked; the
+    others get theirs.
     """
     probabilities = scores.softmax(dim=-1)
-    try:
-        return torch.multinomial(probabilities, count, generator=generator)
-    except RuntimeError:
-        if probabilities.isfinite().all():
-            raise
-        return scores.topk(count).indices
+    numbers = probabilities.isfinite().all(dim=-1, keepdim=True)
+    instead = 1 + 1e30 * scores.isfinite().logical_not()
+    return torch.multinomial(torch.where(numbers, probabilities, instead), count, generator=generator)
 
 
 def temperature(value: float) -> LogitsProcessor:

@@ -1,7 +1,7 @@
 """What every strategy shares: what it needs of a model, what was asked for, and the sequences being made.
 
 A strategy is a loop of ``sequences.forward()`` for logits and ``sequences.append(tokens)``. Nothing is checked here,
-as ``checks.py`` has settled the request, and no value is read but "have all ended?".
+as ``checks.py`` has settled the request, and no value is read but "have all ended?", on a CPU also "is it a number?".
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from openllama.cache import Cache, GrowingCache, PreallocatedCache
 from openllama.checkpoint.gather import is_spread
 from openllama.checks import warn_beyond_training
 from openllama.config import OpenLlamaConfig
-from openllama.errors import NumericalError, listed
+from openllama.errors import NumericalError
 from openllama.generation.config import GenerationConfig
 from openllama.generation.processors import LogitsProcessor
 from openllama.generation.stopping import StoppingCriterion, stopped
@@ -130,7 +130,7 @@ class Sequences:
         self._running = torch.ones(batch, dtype=torch.bool, device=prompt.device)
         self._warned = False
         self._first = self.length
-        self._invalid = torch.zeros_like(self._running)
+        self._invalid = torch.zeros(batch, dtype=torch.long, device=prompt.device)  # new token of that number; 0: none
         self._reads_at_once = prompt.is_cpu  # elsewhere each look at a value waits for the device
 
     @property
@@ -160,21 +160,27 @@ class Sequences:
         return logits.to(torch.promote_types(logits.dtype, torch.float32)), output
 
     def check_picked(self, scores: Tensor, tokens: Tensor) -> None:
-        """Raise ``NumericalError`` for a token (B,), or several (B * n,), that scores (B * n, V) which are no numbers
-        picked; on a device that this would wait for, ``check`` does.
+        """Raise ``NumericalError`` if scores (B * n, V) are no numbers where they picked tokens (B * n,).
+
+        The last of n tokens is about to be appended. Where reading would wait for a device, ``check`` raises.
         """
-        picked = scores.gather(1, tokens[:, None])
-        invalid = ~picked.isfinite() if self.config.do_sample else picked.isnan()  # the highest may be infinite
+        picked = scores.gather(1, tokens[:, None]).view(len(self._running), -1)
+        invalid = ~(picked > -torch.inf)  # NaN, or nothing is allowed
+        if self.config.do_sample:
+            invalid |= picked == torch.inf
         if self._reads_at_once and not invalid.any():
             return
-        self._invalid |= invalid.view(len(self._running), -1).any(1) & self._running
+        first = self.length - self._first + 2 - picked.shape[1]
+        found = torch.where(invalid.any(1) & self._running, first + invalid.int().argmax(1), 0)
+        self._invalid = torch.where(self._invalid > 0, self._invalid, found)
         if self._reads_at_once:
             self.check()
 
     def check(self) -> None:
         """Raise ``NumericalError`` if tokens were picked by scores that are no numbers."""
-        if rows := self._invalid.nonzero().flatten().tolist():
-            raise no_numbers(f"{listed(list(map(str, rows)))}, new token {self.length - self._first + 1}")
+        for row, number in enumerate(self._invalid.tolist()):
+            if number:
+                raise no_numbers(f"{row}, new token {number}")
 
     def append(self, tokens: Tensor) -> None:
         """Add one token to each sequence, (B,), or several, (B, n)."""
@@ -195,7 +201,7 @@ class Sequences:
         """
         if not self._can_end:
             return False
-        self._running &= ~(self.ended(self.ids, scores) | self._invalid)
+        self._running &= ~(self.ended(self.ids, scores) | (self._invalid > 0))
         return not self._running.any()
 
     def ended(self, ids: Tensor, scores: Tensor) -> Tensor:
@@ -277,7 +283,8 @@ def no_numbers(where: str) -> NumericalError:
     """The error of scores by which no token can be picked."""
     return NumericalError(
         f"the scores are NaN or infinite, and pick no token (sequence {where}): `openllama verify` finds weights that "
-        "are; float16 overflows where bfloat16 and float32 do not; remove_invalid_values=True computes on"
+        "are, a logits processor may make them, and float16 overflows where bfloat16 and float32 do not; "
+        "remove_invalid_values=True computes on"
     )
 
 

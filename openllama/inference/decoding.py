@@ -1,8 +1,8 @@
 """A model that decodes by the loops of ``kernels.cpp``, and computes everything else as it did.
 
 The loops take a pass of few tokens (decoding, guesses that are checked, a few sequences at a time) and read the weights
-where the model has them: there is no second copy, and the model can be used beside. For many tokens at once the
-products of libraries are faster, so a prompt goes through the modules of the model.
+where the model has them: there is no second copy, and the model can be used beside. A prompt goes through the
+modules of the model, whose products are those of libraries or of the loops, whichever are faster.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 //
 // A token needs every weight once, so a pass takes the time of reading them. Each product goes through its matrix once,
 // in order, for all rows of its input. Activations are float32. Products with integers round their inputs to 16 bits;
-// where the processor multiplies pairs of bfloat16, those of four rows or more with bfloat16 round to that type.
+// where the processor multiplies pairs of bfloat16, those of four rows or more with bfloat16 round to that type. The
+// products of prompts, whose passes are the model's, stand by themselves.
 //
 // Shapes: N rows (the new tokens of all sequences), C hidden size, I intermediate size, H heads, D head dim, S keys,
 // V vocabulary. structs.py mirrors the structs. All threads run all functions: `omp for` divides a loop among them.
@@ -12,7 +13,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <vector>
 #ifdef __AVX2__
@@ -379,12 +379,12 @@ const int PANELS = 16;
 const int INT8_INPUT = 32767, INT4_INPUT = 4095, INT4_WEIGHT = 2048;
 
 // numbers (size,) = x, rounded if they are integers; returns their scale.
-inline float widen_input(const float* x, int64_t size, float, float* numbers) {
+inline float widen_input(const float* x, int64_t size, int64_t, float* numbers) {
     memcpy(numbers, x, size * sizeof(float));
     return 1;
 }
-inline float widen_input(const float* x, int64_t size, float highest, int16_t* numbers) {
-    return round_part(x, size, highest, numbers);
+inline float widen_input(const float* x, int64_t size, int64_t kind, int16_t* numbers) {
+    return round_part(x, size, kind == INT8 ? INT8_INPUT : INT4_INPUT, numbers);
 }
 
 // A part of a row of the matrix: out (size,) = its numbers; returns their scale.
@@ -403,8 +403,11 @@ float widen_part(const Matrix& m, int64_t row, int64_t first, int64_t size, int1
     int64_t groups = (size + GROUP - 1) / GROUP, group = row * ((m.columns + GROUP - 1) / GROUP) + first / GROUP;
     const uint8_t* data = (const uint8_t*)m.data + group * Int4::BYTES;
     const uint16_t* scales = (const uint16_t*)m.scale + group;
-    float largest = 0;
-    for (int64_t g = 0; g < groups; g++) largest = std::max(largest, std::fabs(get(scales + g)));
+    float largest = 0, check = 0;  // NaN if a scale is not finite
+    for (int64_t g = 0; g < groups; g++) {
+        largest = std::max(largest, std::fabs(get(scales + g)));
+        check += get(scales + g) * 0;
+    }
     for (int64_t g = 0; g < groups; g++) {
         int16_t scale = largest > 0 ? std::lrint(get(scales + g) / largest * 32767) : 0;
         Shorts w[2];
@@ -414,15 +417,15 @@ float widen_part(const Matrix& m, int64_t row, int64_t first, int64_t size, int1
             memcpy(out + g * GROUP + half * 16, &part, sizeof part);
         }
     }
-    return largest * 32768 / 32767 * 8 / INT4_WEIGHT;
+    return largest * 32768 / 32767 * 8 / INT4_WEIGHT + check;
 }
 
-// What one step of a sum takes: a number of x in all places, and of vectors over rows of the matrix.
+// One step of a sum over columns: a number of x (of integers two) is multiplied by those of all rows of a vector.
 struct FloatStep {
     typedef float Number;
     typedef Vector Sum;
     static const int NUMBERS = 1, ROWS = WIDTH;
-    static Vector all(const float* x) { return *x - Vector{}; }
+    static Vector broadcast(const float* x) { return *x - Vector{}; }
     static void add(Sum& sum, const float* w, Vector x) { sum += load(w) * x; }
     static VectorAt floats(Sum sum) { return sum; }
 };
@@ -431,7 +434,7 @@ struct IntStep {
     typedef int16_t Number;
     typedef Ints Sum;
     static const int NUMBERS = 2, ROWS = 8;
-    static Shorts all(const int16_t* x) {
+    static Shorts broadcast(const int16_t* x) {
         int32_t two;
         memcpy(&two, x, 4);
         return (Shorts)(two - Ints{});
@@ -440,39 +443,47 @@ struct IntStep {
     static FloatsAt floats(Sum sum) { return __builtin_convertvector(sum, Floats); }
 };
 
-// Memory that starts at a line of a cache.
-template <class Number>
-struct Buffer {
-    Number* const data;
-    explicit Buffer(size_t size) : data((Number*)aligned_alloc(64, (size * sizeof(Number) + 63) / 64 * 64)) {}
-    Buffer(const Buffer&) = delete;
-    ~Buffer() { free(data); }
+// Parts of `room`, each from a line of a cache on; without a room they only count.
+struct Room {
+    float* at;
+    int64_t floats = 0;
+
+    template <class Number>
+    Number* take(int64_t size) {
+        float* part = at + floats;
+        floats += (size * sizeof(Number) + 63) / 64 * 16;
+        return (Number*)part;
+    }
 };
 
 template <class Step>
-struct Many {
+struct PanelProduct {
     typedef typename Step::Number Number;
     static const int PANEL = 2 * Step::ROWS, APART = SPAN + GAP;
 
     const Matrix& m;
     int64_t n, spans, block;  // rows of x, spans of columns, rows of the matrix that are multiplied at a time
-    Buffer<Number> x;         // (spans, N, APART)
-    Buffer<float> x_scales;   // (spans, N)
+    Number* x;                // (spans, N, APART)
+    float* x_scales;          // (spans, N)
+    Number* panels;           // of each thread: (block / PANEL, SPAN / NUMBERS, PANEL, NUMBERS)
+    float* sums;              // of each thread: (N, block)
 
-    Many(const Matrix& m, int64_t n, int64_t threads)
-        : m(m), n(n), spans((m.columns + SPAN - 1) / SPAN), x(spans * n * APART), x_scales(spans * n) {
-        int64_t panels = (m.rows + PANEL - 1) / PANEL, each = (panels + threads - 1) / threads;
+    PanelProduct(const Matrix& m, int64_t n, int64_t threads, Room& room) : m(m), n(n) {
+        spans = (m.columns + SPAN - 1) / SPAN;
+        int64_t all = (m.rows + PANEL - 1) / PANEL, each = (all + threads - 1) / threads;
         block = PANEL * std::min<int64_t>(PANELS, each);
+        x = room.take<Number>(spans * n * APART), x_scales = room.take<float>(spans * n);
+        panels = room.take<Number>(threads * block * SPAN), sums = room.take<float>(threads * n * block);
     }
 
     int64_t size(int64_t span) const { return std::min<int64_t>(SPAN, m.columns - span * SPAN); }
 
-    void read(const float* in, float highest) {
+    void read(const float* in) const {
         #pragma omp for schedule(static)
         for (int64_t item = 0; item < spans * n; item++) {
             int64_t span = item / n, row = item % n;
-            Number* out = x.data + item * APART;
-            x_scales.data[item] = widen_input(in + row * m.columns + span * SPAN, size(span), highest, out);
+            Number* out = x + item * APART;
+            x_scales[item] = widen_input(in + row * m.columns + span * SPAN, size(span), m.kind, out);
             out[size(span)] = 0;  // where the number of columns is odd, the last pair has one
         }
     }
@@ -481,8 +492,9 @@ struct Many {
     void widen_panel(int64_t row, int64_t span, Number* w, float* scales) const {
         alignas(64) Number numbers[SPAN] = {};
         for (int64_t r = 0; r < PANEL; r++) {
-            if (row + r < m.rows) scales[r] = widen_part(m, row + r, span * SPAN, size(span), numbers);
-            else std::fill_n(numbers, SPAN, Number(scales[r] = 0));
+            bool is_row = row + r < m.rows;
+            scales[r] = is_row ? widen_part(m, row + r, span * SPAN, size(span), numbers) : 0;
+            if (!is_row) std::fill_n(numbers, SPAN, Number(0));
             for (int64_t k = 0; k < SPAN / Step::NUMBERS; k++)
                 memcpy(w + (k * PANEL + r) * Step::NUMBERS, numbers + k * Step::NUMBERS, 4);
         }
@@ -490,22 +502,22 @@ struct Many {
 
     // sums[n][r] += x[n] . w[r] over a span, for N rows of x from `first` on and the rows of a panel
     template <int N>
-    static void tile(const Many& self, const Number* w, const float* scales, int64_t span, int64_t first, float* sums) {
+    static void tile(const PanelProduct& self, const Number* w, const float* scales, int64_t span, int64_t first, float* sums) {
         int64_t item = span * self.n + first;
-        const Number* in = self.x.data + item * APART;
+        const Number* in = self.x + item * APART;
         typename Step::Sum totals[N][2] = {};
         for (int64_t k = 0; k < self.size(span); k += Step::NUMBERS)
             for (int n = 0; n < N; n++) {
-                auto all = Step::all(in + n * APART + k);
-                hold(all);
+                auto number = Step::broadcast(in + n * APART + k);
+                hold(number);
                 for (int half = 0; half < 2; half++)
-                    Step::add(totals[n][half], w + k * PANEL + half * Step::ROWS * Step::NUMBERS, all);
+                    Step::add(totals[n][half], w + k * PANEL + half * Step::ROWS * Step::NUMBERS, number);
             }
         for (int n = 0; n < N; n++)
             for (int half = 0; half < 2; half++) {
                 typedef decltype(Step::floats(totals[n][half])) Part;
                 Part& out = *(Part*)(sums + (first + n) * self.block + half * Step::ROWS);
-                Part scale = *(const Part*)(scales + half * Step::ROWS) * self.x_scales.data[item + n];
+                Part scale = *(const Part*)(scales + half * Step::ROWS) * self.x_scales[item + n];
                 out += Step::floats(totals[n][half]) * scale;
             }
     }
@@ -525,27 +537,30 @@ struct Many {
     }
 
     void multiply(float* y) const {
-        Buffer<Number> w(block * SPAN);
-        Buffer<float> sums(n * block);
+        Number* w = panels + omp_get_thread_num() * block * SPAN;
+        float* own = sums + omp_get_thread_num() * n * block;
         #pragma omp for schedule(dynamic)
         for (int64_t row = 0; row < m.rows; row += block) {
             int64_t rows = std::min<int64_t>(block, m.rows - row);
-            std::fill_n(sums.data, n * block, 0.f);
+            std::fill_n(own, n * block, 0.f);
             for (int64_t span = 0; span < spans; span++)
-                multiply_block(row, (rows + PANEL - 1) / PANEL, span, w.data, sums.data);
-            for (int64_t i = 0; i < n; i++) memcpy(y + i * m.rows + row, sums.data + i * block, rows * sizeof(float));
+                multiply_block(row, (rows + PANEL - 1) / PANEL, span, w, own);
+            for (int64_t i = 0; i < n; i++) memcpy(y + i * m.rows + row, own + i * block, rows * sizeof(float));
         }
     }
 };
 
+// Returns how many floats of room it needs; computes where there is room.
 template <class Step>
-void many(const Matrix& m, const float* x, float* y, int64_t n, int64_t threads) {
-    Many<Step> product(m, n, threads);
-    #pragma omp parallel num_threads(threads)
-    {
-        product.read(x, m.kind == INT8 ? INT8_INPUT : INT4_INPUT);
+int64_t many(const Matrix& m, const float* x, float* y, int64_t n, float* memory, int64_t threads) {
+    Room room{memory};
+    PanelProduct<Step> product(m, n, threads, room);
+    #pragma omp parallel num_threads(threads) if (memory)
+    if (memory) {
+        product.read(x);
         product.multiply(y);
     }
+    return room.floats;
 }
 
 // y (N, rows) = x (N, columns) @ m.T, added to what is there if `add`. The caller waits.
@@ -739,10 +754,11 @@ void openllama_restore(const Matrix* matrix, void* out, int64_t kind, int64_t th
     }
 }
 
-// y (N, rows) = x (N, columns) @ matrix.T, for N of dozens
-void openllama_many(const Matrix* matrix, const float* x, float* y, int64_t n, int64_t threads) {
-    if (matrix->kind == FLOAT32 || matrix->kind == BFLOAT16) many<FloatStep>(*matrix, x, y, n, threads);
-    else many<IntStep>(*matrix, x, y, n, threads);
+// y (N, rows) = x (N, columns) @ matrix.T, for N of dozens; returns how many floats of room it needs. `room` starts at a
+// line of a cache; without it nothing is computed.
+int64_t openllama_many(const Matrix* matrix, const float* x, float* y, int64_t n, float* room, int64_t threads) {
+    bool floats = matrix->kind == FLOAT32 || matrix->kind == BFLOAT16;
+    return floats ? many<FloatStep>(*matrix, x, y, n, room, threads) : many<IntStep>(*matrix, x, y, n, room, threads);
 }
 
 // y (N, rows) = x (N, columns) @ matrix.T

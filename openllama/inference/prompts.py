@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openllama.checks import PLAIN, is_transformed
+from openllama.checks import has_numbers
 from openllama.errors import BackendError
 from openllama.inference.kernels import library
 from openllama.inference.structs import KINDS, QUANTIZED, Matrix
-from openllama.products import MANY, FastProducts
+from openllama.products import FastProducts, is_large
 from openllama.quantized.modules import QuantizedMatrix
 from openllama.quantized.rounding import restore_matrix
 
@@ -51,17 +51,19 @@ def multiply(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor | None:
     return _many(loops, x, _matrix(weight, scale, x.shape[1]))
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    """``F.linear`` of x (..., K) and weight (M, K) without gradients, both float32 or bfloat16, computed in float32 and
-    rounded to the type of x; None where the loops do not compute it."""
-    if bias is not None or torch.is_grad_enabled() or x.numel() < MANY * weight.shape[1]:
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """``F.linear`` of input (..., K) and weight (M, K) without gradients, both float32 or bfloat16, computed in float32
+    and rounded to their type; None where the loops do not compute it."""
+    if bias is not None or torch.is_grad_enabled() or not is_large(input, weight):
         return None
-    loops = _loops_for(weight) if x.is_cpu and x.dtype == weight.dtype in KINDS else None
+    if not input.dtype == weight.dtype in KINDS or not has_numbers(input) or torch.is_autocast_enabled("cpu"):
+        return None
+    flat = input.reshape(-1, weight.shape[1]).float().contiguous()
+    loops = _loops_for(flat, weight)
     if loops is None:
         return None
-    flat = x.reshape(-1, weight.shape[1]).float().contiguous()
     matrix = Matrix(weight.data_ptr(), None, *weight.shape, KINDS[weight.dtype])
-    return _many(loops, flat, matrix).to(x.dtype).view(*x.shape[:-1], len(weight))
+    return _many(loops, flat, matrix).to(input.dtype).view(*input.shape[:-1], len(weight))
 
 
 class LoopProducts(FastProducts):
@@ -74,8 +76,9 @@ class LoopProducts(FastProducts):
 
 def _many(loops: ctypes.CDLL, x: Tensor, matrix: Matrix) -> Tensor:
     """x (N, K) in float32 @ matrix.T."""
-    product = x.new_empty(len(x), matrix.rows)
-    loops.openllama_many(matrix, x.data_ptr(), product.data_ptr(), len(x), torch.get_num_threads())
+    product, threads = x.new_empty(len(x), matrix.rows), torch.get_num_threads()
+    room = x.new_empty(loops.openllama_many(matrix, None, None, len(x), None, threads))
+    loops.openllama_many(matrix, x.data_ptr(), product.data_ptr(), len(x), room.data_ptr(), threads)
     return product
 
 
@@ -86,11 +89,8 @@ def _matrix(weight: Tensor, scale: Tensor, columns: int) -> Matrix:
 
 def _loops_for(*tensors: Tensor) -> ctypes.CDLL | None:
     """The loops, where they can be built and all tensors are in memory of this CPU, one number after the other."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not all(has_numbers(tensor) and tensor.is_contiguous() for tensor in tensors):
         return None
-    for tensor in tensors:
-        if not (tensor.is_cpu and type(tensor) in PLAIN and not is_transformed(tensor) and tensor.is_contiguous()):
-            return None
     try:
         return library()
     except BackendError:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from openllama import compiler
-from openllama.checks import PLAIN, is_transformed
+from openllama.checks import has_numbers
 from openllama.errors import BackendError
 
 SOURCE = Path(__file__).with_name("rounding.cpp")
@@ -59,7 +59,7 @@ def _matrix(weight: Tensor) -> Matrix:
 def _loops_for(weight: Tensor) -> ctypes.CDLL | None:
     """The loops, where ``weight`` has rows of numbers in memory of this CPU and so many were asked for that it pays."""
     global _asked
-    if torch.compiler.is_compiling() or not (weight.is_cpu and type(weight) in PLAIN) or is_transformed(weight):
+    if torch.compiler.is_compiling() or not has_numbers(weight):
         return None
     if weight.dtype not in KINDS or weight.is_neg() or not weight.numel() or weight.stride(1) != 1:
         return None
