@@ -92,8 +92,9 @@ class FastProducts(TorchFunctionMode):
     types, under ``torch.func`` and for tensors that are distributed, nothing changes. ``model.loss`` computes its own
     products, those with the head, in this way without being told.
 
-    The context is that of one thread, as with every mode of torch. The backward pass may be outside of it. Where layers are computed again by
-    ``torch.utils.checkpoint`` in another way than ``gradient_checkpointing_enable``, it must be inside.
+    The context is that of one thread, as with every mode of torch. The backward pass may be outside of it. Where layers
+    are computed again by ``torch.utils.checkpoint`` in another way than ``gradient_checkpointing_enable``, it must be
+    inside.
     """
 
     def __init__(self) -> None:
