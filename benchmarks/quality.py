@@ -5,9 +5,9 @@
 One table is of the model in checkpoints/ on the held-out tenth of each text (that of scripts/train_tiny.py), another,
 with --random, of random weights in the shape of aerner/lm-v2 on random ids. Q8_0 and Q4_0 are rounded and restored by
 the package gguf, and computed by this package, as all rows: in float32, or in bfloat16 where a row says so. "fast" is
-decoding by the loops, token by token; norms and cache are bfloat16 there, what is computed between them float32. KL is
-the mean of KL(float32 || row) over all predicted tokens, in nats; "same" is how often both find the same token most
-likely.
+decoding by the loops, token by token; norms and cache are bfloat16 there, what is computed between them float32. "fast,
+prompt" is a prompt of such a model: its modules in bfloat16, with the products of the loops. KL is the mean of
+KL(float32 || row) over all predicted tokens, in nats; "same" is how often both find the same token most likely.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from openllama import OpenLlamaConfig, OpenLlamaForCausalLM, OpenLlamaTokenizer
 from openllama.cache import PreallocatedCache
-from openllama.inference import fast, quantize
+from openllama.inference import FastModel, fast, quantize
+from openllama.inference.prompts import LoopProducts
 from openllama.model import Inputs
 from openllama.outputs import CausalLMOutput
 from openllama.quantized.rounding import FORMATS, GROUP, integers, nearest_scale
@@ -76,10 +77,14 @@ def replaced(restored: Callable[[Tensor], Tensor]) -> Variant:
     return variant
 
 
+def fast_bfloat16(model: OpenLlamaForCausalLM) -> FastModel:
+    warnings.filterwarnings("error", "decoding is not fast")  # else a row would be of another model than its name says
+    return fast(model.bfloat16())
+
+
 def token_by_token(model: OpenLlamaForCausalLM) -> Callable[[Tensor], CausalLMOutput]:
     """The logits of fast decoding, which computes each token in a pass of its own."""
-    warnings.filterwarnings("error", "decoding is not fast")  # else a row would be of another model than its name says
-    quick = fast(model.bfloat16())
+    quick = fast_bfloat16(model)
 
     def call(ids: Tensor) -> CausalLMOutput:
         cache = PreallocatedCache(quick.config, 1, ids.shape[1], torch.bfloat16)
@@ -89,16 +94,30 @@ def token_by_token(model: OpenLlamaForCausalLM) -> Callable[[Tensor], CausalLMOu
     return call
 
 
+def as_prompt(model: OpenLlamaForCausalLM) -> Callable[[Tensor], CausalLMOutput]:
+    """The logits of prompts of a fast model, whose products are the loops' even where others are faster."""
+    quick = fast_bfloat16(model)
+
+    def call(ids: Tensor) -> CausalLMOutput:
+        with LoopProducts():
+            return quick.model(ids)
+
+    return call
+
+
 VARIANTS: dict[str, Variant] = {
     "bfloat16": lambda model: model.bfloat16(),
     "bfloat16, fast": token_by_token,
+    "bfloat16, fast, prompt": as_prompt,
     "int8": lambda model: quantize(model, "int8"),
     "int8 in bfloat16": lambda model: quantize(model, "int8").bfloat16(),
     "int8 in bfloat16, fast": lambda model: token_by_token(quantize(model, "int8")),
+    "int8 in bfloat16, fast, prompt": lambda model: as_prompt(quantize(model, "int8")),
     "Q8_0": lambda model: replaced(by_gguf("Q8_0"))(model),
     "int4": lambda model: quantize(model, "int4"),
     "int4 in bfloat16": lambda model: quantize(model, "int4").bfloat16(),
     "int4 in bfloat16, fast": lambda model: token_by_token(quantize(model, "int4")),
+    "int4 in bfloat16, fast, prompt": lambda model: as_prompt(quantize(model, "int4")),
     "int4, nearest": replaced(nearest_int4),
     "Q4_0": lambda model: replaced(by_gguf("Q4_0"))(model),
 }

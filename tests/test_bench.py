@@ -421,7 +421,7 @@ def test_a_fast_row_of_the_quality_that_would_be_the_slow_model_is_an_error_with
 def test_the_rows_of_the_quality_say_in_which_type_they_are_computed(monkeypatch):
     fast = []
     monkeypatch.setattr(quality, "by_gguf", lambda kind: lambda matrix: matrix)
-    monkeypatch.setattr(quality, "fast", lambda model: fast.append(model) or model)
+    monkeypatch.setattr(quality, "fast_bfloat16", lambda model: fast.append(model.bfloat16()) or model)
     for name, variant in quality.VARIANTS.items():
         fast.clear()
         made = variant(tiny_model())
