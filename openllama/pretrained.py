@@ -42,7 +42,7 @@ from openllama.model import Inputs, StableEmbedding
 from openllama.quantized import QuantizedEmbedding
 from openllama.quantized import quantize as make_quantized
 from openllama.quantized.modules import QuantizedMatrix
-from openllama.quantized.rounding import check_quantization
+from openllama.quantized.rounding import to_round
 from openllama.surgery import check_resizable, check_special_ids, own_head, resize_vocabulary
 
 Model = TypeVar("Model", bound="PretrainedModel")
@@ -276,8 +276,7 @@ class PretrainedModel(nn.Module):
             checkpoint = open_checkpoint(folder, config, **config_overrides)
             _check_format(checkpoint, use_safetensors)
             stored = checkpoint.config.quantization
-            if quantize not in (None, stored):
-                check_quantization(quantize, stored, checkpoint.path)
+            quantize = to_round(quantize, stored, checkpoint.path)
             quantization = quantize or stored
             with without_numbers():
                 model = cls(dataclasses.replace(checkpoint.config, quantization=None))
@@ -287,7 +286,7 @@ class PretrainedModel(nn.Module):
                 weights = _unread(weights)
             if quantization is not None:
                 make_quantized(model.to(dtype or weights.dtype), quantization)
-                weights = quantized_weights(weights, quantize if stored is None else None)
+                weights = quantized_weights(weights, quantize)
         model.load_state_dict(model._state(weights, dtype or weights.dtype, device), strict=True, assign=True)
         model.tie_weights()
         model.set_attn_implementation(attn_implementation)  # again, now that the device is known

@@ -104,13 +104,11 @@ class FastProducts(TorchFunctionMode):
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is recomputed:
             return _with_fast_products(func(*args, **(kwargs or {})))
-        return _REPLACED.get(func, func)(*args, **(kwargs or {}))
-
-
-_REPLACED: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.linear: lambda *args, **kwargs: linear(*args, **kwargs),
-    F.scaled_dot_product_attention: scaled_dot_product_attention,
-}
+        if func is F.linear:
+            func = linear
+        elif func is F.scaled_dot_product_attention:
+            func = scaled_dot_product_attention
+        return func(*args, **(kwargs or {}))
 
 
 def _with_fast_products(function: Callable[..., Any]) -> Callable[..., Any]:

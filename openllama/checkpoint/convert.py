@@ -30,7 +30,7 @@ from openllama.checkpoint.source import SourceFiles
 from openllama.checkpoint.writer import OURS, SHARD_SIZE, Resume, parse_size, write_weights
 from openllama.config import CONFIG_FILE, OpenLlamaConfig
 from openllama.errors import InputError, heard
-from openllama.quantized.rounding import check_quantization
+from openllama.quantized.rounding import check_quantization, to_round
 from openllama.tokenizer.files import ALL_FILES as TOKENIZER_FILES
 
 RESUME_FILE = "verified.json"  # beside the folder that is written
@@ -88,11 +88,7 @@ def convert(
         source = open_checkpoint(src, config)
         chosen = without(source.tensors, ignore)
         weights = select(chosen, source.config)
-        stored = source.config.quantization
-        if quantize is not None and quantize == stored:
-            quantize = None  # its bits stay, as when it is loaded
-        elif quantize is not None:
-            check_quantization(quantize, stored, source.path)
+        quantize = to_round(quantize, source.config.quantization, source.path)
         check_stored(source.config, to, dtype)
         if to == "gguf":
             return write_gguf(source, weights, dst, dtype=dtype, overwrite=overwrite, progress=progress)

@@ -502,7 +502,8 @@ struct PanelProduct {
 
     // sums[n][r] += x[n] . w[r] over a span, for N rows of x from `first` on and the rows of a panel
     template <int N>
-    static void tile(const PanelProduct& self, const Number* w, const float* scales, int64_t span, int64_t first, float* sums) {
+    static void tile(const PanelProduct& self, const Number* w, const float* scales, int64_t span, int64_t first,
+                     float* sums) {
         int64_t item = span * self.n + first;
         const Number* in = self.x + item * APART;
         typename Step::Sum totals[N][2] = {};
@@ -522,17 +523,17 @@ struct PanelProduct {
             }
     }
 
-    // sums (N, block) += x @ the rows of the matrix from `row` on, over a span; `w` has room for their panels
-    void multiply_block(int64_t row, int64_t panels, int64_t span, Number* w, float* sums) const {
+    // own (N, block) += x @ the rows of `count` panels of the matrix from `row` on, over a span; `w` has room for them
+    void multiply_block(int64_t row, int64_t count, int64_t span, Number* w, float* own) const {
         static const decltype(&tile<1>) tiles[TILE] = {tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>};
         alignas(64) float scales[PANELS * PANEL];
-        for (int64_t p = 0; p < panels; p++)
+        for (int64_t p = 0; p < count; p++)
             widen_panel(row + p * PANEL, span, w + p * PANEL * SPAN, scales + p * PANEL);
         for (int64_t t = 0; t < Share::count(n); t++) {
             Share part(t, n);
-            for (int64_t p = 0; p < panels; p++)
+            for (int64_t p = 0; p < count; p++)
                 tiles[part.rows - 1](*this, w + p * PANEL * SPAN, scales + p * PANEL, span, part.first,
-                                     sums + p * PANEL);
+                                     own + p * PANEL);
         }
     }
 
@@ -555,8 +556,9 @@ template <class Step>
 int64_t many(const Matrix& m, const float* x, float* y, int64_t n, float* memory, int64_t threads) {
     Room room{memory};
     PanelProduct<Step> product(m, n, threads, room);
-    #pragma omp parallel num_threads(threads) if (memory)
-    if (memory) {
+    if (!memory) return room.floats;
+    #pragma omp parallel num_threads(threads)
+    {
         product.read(x);
         product.multiply(y);
     }
@@ -754,8 +756,8 @@ void openllama_restore(const Matrix* matrix, void* out, int64_t kind, int64_t th
     }
 }
 
-// y (N, rows) = x (N, columns) @ matrix.T, for N of dozens; returns how many floats of room it needs. `room` starts at a
-// line of a cache; without it nothing is computed.
+// y (N, rows) = x (N, columns) @ matrix.T, for N of dozens; returns how many floats of room it needs. `room` starts at
+// a line of a cache; without it nothing is computed.
 int64_t openllama_many(const Matrix* matrix, const float* x, float* y, int64_t n, float* room, int64_t threads) {
     bool floats = matrix->kind == FLOAT32 || matrix->kind == BFLOAT16;
     return floats ? many<FloatStep>(*matrix, x, y, n, room, threads) : many<IntStep>(*matrix, x, y, n, room, threads);

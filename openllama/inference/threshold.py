@@ -64,8 +64,12 @@ def _kept(name: str, measure: Callable[[], int]) -> int:
 
 
 def _name(kind: int, dtype: torch.dtype, threads: int) -> str:
-    weights = next((name for name, number in QUANTIZED.items() if number == kind), "plain")
+    weights = _quantization(kind) or "plain"
     return f"{weights} in {str(dtype).removeprefix('torch.')}, {threads} threads, torch {torch.__version__}"
+
+
+def _quantization(kind: int) -> str | None:
+    return next((name for name, number in QUANTIZED.items() if number == kind), None)
 
 
 def _known(path: Path) -> dict[str, int]:
@@ -110,12 +114,12 @@ def _measure_prompt(dtype: torch.dtype) -> int:
 def _module(kind: int, dtype: torch.dtype) -> QuantizedLinear | nn.Linear:
     """What multiplies weights of this kind in a model; its numbers do not matter."""
     rows, columns = SHAPE
-    if kind in KINDS.values():
+    quantization = _quantization(kind)
+    if quantization is None:
         linear = nn.Linear(columns, rows, bias=False, device="meta", dtype=dtype).to_empty(device="cpu")
         nn.init.ones_(linear.weight)
         return linear
-    name = next(name for name, number in QUANTIZED.items() if number == kind)
-    module = QuantizedLinear(columns, rows, FORMATS[name].bits, "cpu")
+    module = QuantizedLinear(columns, rows, FORMATS[quantization].bits, "cpu")
     use_loops(module)
     return module
 

@@ -69,6 +69,14 @@ def check_quantization(asked: object, stored: str | None = None, where: object =
         )
 
 
+def to_round(asked: str | None, stored: str | None, where: object) -> str | None:
+    """What weights that are ``stored`` so are to be rounded to, if at all: what is stored as asked keeps its bits."""
+    if asked in (None, stored):
+        return None
+    check_quantization(asked, stored, where)
+    return asked
+
+
 def round_matrix(weight: Tensor, quantization: str) -> tuple[Tensor, Tensor]:
     """The stored weight and scale of ``weight`` (M, K), computed in float32 for a few rows at a time.
 
