@@ -203,7 +203,8 @@ def test_prompts_are_multiplied_by_the_loops_where_they_are_faster(dtype, monkey
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("threads", [1, 3])
-def test_products_of_many_rows_stay_in_the_room_that_they_asked_for(weights, threads):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_many_rows_stay_in_the_room_that_they_asked_for(weights, threads, dtype):
     for rows, columns, n in ((1, 1, 1), (70, 300, 33), (600, 32, 7)):
         matrix = torch.randn(rows, columns)
         if weights in ("int8", "int4"):
@@ -211,11 +212,11 @@ def test_products_of_many_rows_stay_in_the_room_that_they_asked_for(weights, thr
         else:
             stored, scale = matrix.to(getattr(torch, weights)), torch.empty(0)
         struct = structs.Matrix(stored.data_ptr(), scale.data_ptr(), rows, columns, WEIGHTS[weights])
-        x, y = torch.randn(n, columns), torch.empty(n, rows)
+        x, y, kind = torch.randn(n, columns).to(dtype), torch.empty(n, rows, dtype=dtype), structs.KINDS[dtype]
         many = kernels.library().openllama_many
-        size = many(struct, None, None, n, None, threads)
+        size = many(struct, None, None, kind, n, None, threads)
         room = torch.full((size + 1024,), 7.0)
-        assert many(struct, x.data_ptr(), y.data_ptr(), n, room.data_ptr(), threads) == size
+        assert many(struct, x.data_ptr(), y.data_ptr(), kind, n, room.data_ptr(), threads) == size
         assert (room[size:] == 7).all()
 
 
@@ -282,7 +283,15 @@ def test_what_the_loops_do_not_multiply_as_integers_is_left_to_others():
     weight, scale = round_matrix(torch.randn(4, 64), "int8")
     assert multiply(torch.randn(33, 64), weight, scale) is not None
     assert multiply(torch.randn(33, 64).double(), weight, scale) is None
-    assert multiply(torch.randn(64, 33).T, weight, scale) is None  # not one number after the other
+
+
+def test_rows_multiplied_as_integers_may_lie_anywhere_and_keep_their_type():
+    weight, scale = round_matrix(torch.randn(4, 64), "int8")
+    x = torch.randn(64, 33).T
+    found = multiply(x, weight, scale)
+    assert torch.equal(found, multiply(x.contiguous(), weight, scale))
+    narrow = multiply(x.bfloat16(), weight, scale)
+    assert torch.equal(narrow, multiply(x.bfloat16().float(), weight, scale).bfloat16())
 
 
 def product(matrix: Tensor, x: Tensor, weights: str) -> tuple[Tensor, Tensor]:

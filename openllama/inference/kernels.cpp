@@ -281,12 +281,14 @@ void narrow_multiply(const Matrix& m, const float* x, float* y, int64_t n, bool 
 
 // Numbers of 16 bits from -highest to highest, the nearest to x / scale; returns the scale, NaN where x is not finite.
 float round_part(const float* x, int64_t size, float highest, int16_t* numbers) {
-    float largest = 0, check = 0;
-    for (int64_t k = 0; k < size; k++) {
-        float absolute = std::fabs(x[k]);
-        largest = absolute > largest ? absolute : largest;
-        check += x[k] * 0;
+    Floats highs = {}, checks = {};
+    for (int64_t k = 0; k < size; k += 8) {
+        Floats v = eight(x + k, int(std::min<int64_t>(8, size - k))), absolute = v > 0 ? v : -v;
+        highs = absolute > highs ? absolute : highs;
+        checks += v * 0;
     }
+    float largest = 0, check = sum(checks);
+    for (int i = 0; i < 8; i++) largest = std::max(largest, highs[i]);
     float factor = largest > 1e-30f ? highest / largest : 0;  // smaller ones count as zero
     for (int64_t k = 0; k < size; k++) numbers[k] = int16_t(int(x[k] * factor + (x[k] < 0 ? -.5f : .5f)));
     return largest / highest + check;
@@ -371,20 +373,48 @@ void odd_multiply(const Matrix& m, const float* x, float* y, int64_t n, bool add
 
 // Sums are vectors over rows of the matrix, and each number of x is multiplied by two vectors of them. So a panel of
 // PANEL rows is widened, to float32 or to integers of 16 bits, and turned: the numbers of a column (integers: of two
-// columns) lie together. PANELS panels of SPAN columns are what a cache holds.
-const int SPAN = 256, GAP = 16;  // a gap, as rows of 2^n bytes would take each other's places in a cache
-const int PANELS = 16;
+// columns), one word of each row, lie together. So do those of a tile of x. PANELS panels of SPAN columns are what a
+// cache holds.
+const int SPAN = 256, PANELS = 16;
+
+// out (words, R) = in (R, words), for R of up to 8 rows, which are SPAN numbers apart in `in`; columns are `apart` words
+// apart in `out`.
+template <class Number>
+void turn(const Number* in, int64_t rows, int64_t words, Number* out, int64_t apart) {
+    const int64_t each = 4 / sizeof(Number);
+    int64_t k = 0;
+#ifdef __AVX2__
+    auto two = [&](int64_t row) {  // words of two rows
+        auto four = [&](int64_t row) { return _mm_loadu_ps((const float*)(in + row * SPAN + k * each)); };
+        return _mm256_set_m128(four(row + 4), four(row));
+    };
+    for (; rows == 8 && k + 4 <= words; k += 4) {
+        __m256 a = two(0), b = two(1), c = two(2), d = two(3);
+        __m256 ab = _mm256_unpacklo_ps(a, b), cd = _mm256_unpacklo_ps(c, d);
+        __m256 upper_ab = _mm256_unpackhi_ps(a, b), upper_cd = _mm256_unpackhi_ps(c, d);
+        __m256 columns[4] = {_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee),
+                             _mm256_shuffle_ps(upper_ab, upper_cd, 0x44), _mm256_shuffle_ps(upper_ab, upper_cd, 0xee)};
+        for (int i = 0; i < 4; i++) _mm256_storeu_ps((float*)(out + (k + i) * apart * each), columns[i]);
+    }
+#endif
+    for (; k < words; k++)
+        for (int64_t row = 0; row < rows; row++) memcpy(out + (k * apart + row) * each, in + row * SPAN + k * each, 4);
+}
 
 // Integers of x and of the matrix: their products over a span are added in 32 bits.
 const int INT8_INPUT = 32767, INT4_INPUT = 4095, INT4_WEIGHT = 2048;
 
 // numbers (size,) = x, rounded if they are integers; returns their scale.
-inline float widen_input(const float* x, int64_t size, int64_t, float* numbers) {
-    memcpy(numbers, x, size * sizeof(float));
+template <class Activation>
+float widen_input(const Activation* x, int64_t size, int64_t, float* numbers) {
+    for (int64_t k = 0; k < size; k++) numbers[k] = get(x + k);
     return 1;
 }
-inline float widen_input(const float* x, int64_t size, int64_t kind, int16_t* numbers) {
-    return round_part(x, size, kind == INT8 ? INT8_INPUT : INT4_INPUT, numbers);
+template <class Activation>
+float widen_input(const Activation* x, int64_t size, int64_t kind, int16_t* numbers) {
+    float floats[SPAN];
+    widen_input(x, size, kind, floats);
+    return round_part(floats, size, kind == INT8 ? INT8_INPUT : INT4_INPUT, numbers);
 }
 
 // A part of a row of the matrix: out (size,) = its numbers; returns their scale.
@@ -459,11 +489,11 @@ struct Room {
 template <class Step>
 struct PanelProduct {
     typedef typename Step::Number Number;
-    static const int PANEL = 2 * Step::ROWS, APART = SPAN + GAP;
+    static const int PANEL = 2 * Step::ROWS;
 
     const Matrix& m;
     int64_t n, spans, block;  // rows of x, spans of columns, rows of the matrix that are multiplied at a time
-    Number* x;                // (spans, N, APART)
+    Number* x;                // (spans, tiles, SPAN / NUMBERS, rows of the tile, NUMBERS)
     float* x_scales;          // (spans, N)
     Number* panels;           // of each thread: (block / PANEL, SPAN / NUMBERS, PANEL, NUMBERS)
     float* sums;              // of each thread: (N, block)
@@ -472,31 +502,39 @@ struct PanelProduct {
         spans = (m.columns + SPAN - 1) / SPAN;
         int64_t all = (m.rows + PANEL - 1) / PANEL, each = (all + threads - 1) / threads;
         block = PANEL * std::min<int64_t>(PANELS, each);
-        x = room.take<Number>(spans * n * APART), x_scales = room.take<float>(spans * n);
+        x = room.take<Number>(spans * n * SPAN), x_scales = room.take<float>(spans * n);
         panels = room.take<Number>(threads * block * SPAN), sums = room.take<float>(threads * n * block);
     }
 
     int64_t size(int64_t span) const { return std::min<int64_t>(SPAN, m.columns - span * SPAN); }
 
-    void read(const float* in) const {
+    int64_t words(int64_t span) const { return (size(span) + Step::NUMBERS - 1) / Step::NUMBERS; }
+
+    template <class Activation>
+    void read(const Activation* in) const {
         #pragma omp for schedule(static)
-        for (int64_t item = 0; item < spans * n; item++) {
-            int64_t span = item / n, row = item % n;
-            Number* out = x + item * APART;
-            x_scales[item] = widen_input(in + row * m.columns + span * SPAN, size(span), m.kind, out);
-            out[size(span)] = 0;  // where the number of columns is odd, the last pair has one
+        for (int64_t i = 0; i < Share::count(n) * spans; i++) {
+            alignas(64) Number numbers[TILE * SPAN] = {};  // where the number of columns is odd, the last pair has one
+            Share tile(i / spans, n);
+            int64_t span = i % spans, item = span * n + tile.first;
+            for (int64_t row = 0; row < tile.rows; row++)
+                x_scales[item + row] = widen_input(in + (tile.first + row) * m.columns + span * SPAN, size(span), m.kind,
+                                                   numbers + row * SPAN);
+            turn(numbers, tile.rows, words(span), x + item * SPAN, tile.rows);
         }
     }
 
     // w (SPAN / NUMBERS, PANEL, NUMBERS) = rows of the matrix from `row` on; zeros after the last
     void widen_panel(int64_t row, int64_t span, Number* w, float* scales) const {
-        alignas(64) Number numbers[SPAN] = {};
-        for (int64_t r = 0; r < PANEL; r++) {
-            bool is_row = row + r < m.rows;
-            scales[r] = is_row ? widen_part(m, row + r, span * SPAN, size(span), numbers) : 0;
-            if (!is_row) std::fill_n(numbers, SPAN, Number(0));
-            for (int64_t k = 0; k < SPAN / Step::NUMBERS; k++)
-                memcpy(w + (k * PANEL + r) * Step::NUMBERS, numbers + k * Step::NUMBERS, 4);
+        alignas(64) Number numbers[8 * SPAN];
+        for (int64_t first = 0; first < PANEL; first += 8) {
+            for (int64_t r = 0; r < 8; r++) {
+                Number* out = numbers + r * SPAN;
+                bool is_row = row + first + r < m.rows;
+                scales[first + r] = is_row ? widen_part(m, row + first + r, span * SPAN, size(span), out) : 0;
+                if (!is_row) std::fill_n(out, SPAN, Number(0));
+            }
+            turn(numbers, 8, words(span), w + first * Step::NUMBERS, PANEL);
         }
     }
 
@@ -505,14 +543,14 @@ struct PanelProduct {
     static void tile(const PanelProduct& self, const Number* w, const float* scales, int64_t span, int64_t first,
                      float* sums) {
         int64_t item = span * self.n + first;
-        const Number* in = self.x + item * APART;
+        const Number* in = self.x + item * SPAN;
         typename Step::Sum totals[N][2] = {};
-        for (int64_t k = 0; k < self.size(span); k += Step::NUMBERS)
+        for (int64_t k = 0; k < self.words(span); k++)
             for (int n = 0; n < N; n++) {
-                auto number = Step::broadcast(in + n * APART + k);
+                auto number = Step::broadcast(in + (k * N + n) * Step::NUMBERS);
                 hold(number);
                 for (int half = 0; half < 2; half++)
-                    Step::add(totals[n][half], w + k * PANEL + half * Step::ROWS * Step::NUMBERS, number);
+                    Step::add(totals[n][half], w + (k * PANEL + half * Step::ROWS) * Step::NUMBERS, number);
             }
         for (int n = 0; n < N; n++)
             for (int half = 0; half < 2; half++) {
@@ -537,7 +575,8 @@ struct PanelProduct {
         }
     }
 
-    void multiply(float* y) const {
+    template <class Activation>
+    void multiply(Activation* y) const {
         Number* w = panels + omp_get_thread_num() * block * SPAN;
         float* own = sums + omp_get_thread_num() * n * block;
         #pragma omp for schedule(dynamic)
@@ -546,14 +585,15 @@ struct PanelProduct {
             std::fill_n(own, n * block, 0.f);
             for (int64_t span = 0; span < spans; span++)
                 multiply_block(row, (rows + PANEL - 1) / PANEL, span, w, own);
-            for (int64_t i = 0; i < n; i++) memcpy(y + i * m.rows + row, own + i * block, rows * sizeof(float));
+            for (int64_t i = 0; i < n; i++)
+                for (int64_t r = 0; r < rows; r++) put(y + i * m.rows + row + r, own[i * block + r]);
         }
     }
 };
 
 // Returns how many floats of room it needs; computes where there is room.
-template <class Step>
-int64_t many(const Matrix& m, const float* x, float* y, int64_t n, float* memory, int64_t threads) {
+template <class Step, class Activation>
+int64_t many(const Matrix& m, const Activation* x, Activation* y, int64_t n, float* memory, int64_t threads) {
     Room room{memory};
     PanelProduct<Step> product(m, n, threads, room);
     if (!memory) return room.floats;
@@ -756,11 +796,17 @@ void openllama_restore(const Matrix* matrix, void* out, int64_t kind, int64_t th
     }
 }
 
-// y (N, rows) = x (N, columns) @ matrix.T, for N of dozens; returns how many floats of room it needs. `room` starts at
-// a line of a cache; without it nothing is computed.
-int64_t openllama_many(const Matrix* matrix, const float* x, float* y, int64_t n, float* room, int64_t threads) {
+// y (N, rows) = x (N, columns) @ matrix.T, for N of dozens, both float32 or bfloat16, as `kind` says; returns how many
+// floats of room it needs. `room` starts at a line of a cache; without it nothing is computed.
+int64_t openllama_many(const Matrix* matrix, const void* x, void* y, int64_t kind, int64_t n, float* room,
+                       int64_t threads) {
     bool floats = matrix->kind == FLOAT32 || matrix->kind == BFLOAT16;
-    return floats ? many<FloatStep>(*matrix, x, y, n, room, threads) : many<IntStep>(*matrix, x, y, n, room, threads);
+    auto compute = [&](auto* y) {
+        auto in = (decltype(y))x;
+        return floats ? many<FloatStep>(*matrix, in, y, n, room, threads)
+                      : many<IntStep>(*matrix, in, y, n, room, threads);
+    };
+    return kind == FLOAT32 ? compute((float*)y) : compute((uint16_t*)y);
 }
 
 // y (N, rows) = x (N, columns) @ matrix.T

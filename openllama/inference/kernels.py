@@ -21,7 +21,7 @@ def _declare(loops: ctypes.CDLL) -> None:
     loops.openllama_product.argtypes = [ctypes.POINTER(Matrix), *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 2]
     loops.openllama_many.restype = ctypes.c_int64
     loops.openllama_many.argtypes = [
-        ctypes.POINTER(Matrix), *[ctypes.c_void_p] * 2, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64
+        ctypes.POINTER(Matrix), *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 2, ctypes.c_void_p, ctypes.c_int64
     ]  # fmt: skip
     loops.openllama_restore.restype = None
     loops.openllama_restore.argtypes = [ctypes.POINTER(Matrix), ctypes.c_void_p, *[ctypes.c_int64] * 2]

@@ -40,13 +40,14 @@ def restore(weight: Tensor, scale: Tensor, columns: int, dtype: torch.dtype) -> 
 
 
 def multiply(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor | None:
-    """x (N, K) @ matrix.T in float32, both rounded to 16 bits with a scale for each 256 columns of a row; None where
-    the loops do not compute it.
+    """x (N, K) @ matrix.T, both rounded to 16 bits with a scale for each 256 columns of a row; None where the loops do
+    not compute it.
 
     Inputs are rounded to 15 bits and a sign, for int4 to 12; the numbers of int4, times their scales, to 11.
     """
-    loops = _loops_for(x, weight, scale)
-    if loops is None or x.dtype != torch.float32:
+    x = x.contiguous()
+    loops = _loops_for(x, weight, scale) if x.dtype in KINDS else None
+    if loops is None:
         return None
     return _many(loops, x, _matrix(weight, scale, x.shape[1]))
 
@@ -58,12 +59,12 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor 
         return None
     if not input.dtype == weight.dtype in KINDS or not has_numbers(input) or torch.is_autocast_enabled("cpu"):
         return None
-    flat = input.reshape(-1, weight.shape[1]).float().contiguous()
+    flat = input.reshape(-1, weight.shape[1]).contiguous()
     loops = _loops_for(flat, weight)
     if loops is None:
         return None
     matrix = Matrix(weight.data_ptr(), None, *weight.shape, KINDS[weight.dtype])
-    return _many(loops, flat, matrix).to(input.dtype).view(*input.shape[:-1], len(weight))
+    return _many(loops, flat, matrix).view(*input.shape[:-1], len(weight))
 
 
 class LoopProducts(FastProducts):
@@ -75,10 +76,11 @@ class LoopProducts(FastProducts):
 
 
 def _many(loops: ctypes.CDLL, x: Tensor, matrix: Matrix) -> Tensor:
-    """x (N, K) in float32 @ matrix.T."""
-    product, threads = x.new_empty(len(x), matrix.rows), torch.get_num_threads()
-    room = x.new_empty(loops.openllama_many(matrix, None, None, len(x), None, threads))
-    loops.openllama_many(matrix, x.data_ptr(), product.data_ptr(), len(x), room.data_ptr(), threads)
+    """x (N, K) @ matrix.T, in the type of x."""
+    product, kind, threads = x.new_empty(len(x), matrix.rows), KINDS[x.dtype], torch.get_num_threads()
+    floats = loops.openllama_many(matrix, None, None, kind, len(x), None, threads)
+    room = x.new_empty(floats, dtype=torch.float32)
+    loops.openllama_many(matrix, x.data_ptr(), product.data_ptr(), kind, len(x), room.data_ptr(), threads)
     return product
 
 

@@ -70,9 +70,9 @@ class QuantizedMatrix(nn.Module):
             if self.bits == 8 and not int8_is_slow():
                 return _int8_product(flat, self.weight, self.scale).view(*x.shape[:-1], len(self.weight))
             if bfloat16_is_slow():
-                flat = flat.float()
                 if (product := self.multiply(flat, self.weight, self.scale)) is not None:
-                    return product.to(x.dtype).view(*x.shape[:-1], len(self.weight))
+                    return product.view(*x.shape[:-1], len(self.weight))
+                flat = flat.float()
         product = x.new_empty(len(flat), len(self.weight))
         for rows, block in self._blocks(flat):
             product[:, rows] = F.linear(flat, block)
