@@ -179,37 +179,10 @@ void restore(const Matrix& m, Number* out) {
     for (int64_t row = 0; row < m.rows; row++) restore_row(m, row, out + row * m.columns);
 }
 
-// ---- products with float32 and bfloat16 ----
+// ---- products of a few rows ----
 
-// y[n][row] = x[n] . m[row], for R rows of the matrix and N of x; rows of y are `m.rows` apart.
-template <class Number, int R, int N>
-void tile(const Matrix& m, int64_t row, const float* x, float* y, bool add) {
-    const Number* rows[R];
-    for (int r = 0; r < R; r++) rows[r] = (const Number*)m.data + (row + r) * m.columns;
-    Vector sums[R][N] = {};
-    int64_t whole = m.columns / WIDTH * WIDTH;
-    for (int64_t k = 0; k < whole; k += WIDTH) {
-        Vector w[R];
-        for (int r = 0; r < R; r++) {
-            w[r] = load(rows[r] + k);
-            __builtin_prefetch(rows[r] + k + R * m.columns);  // the same place in the next tile
-        }
-        for (int n = 0; n < N; n++) {
-            Vector part = load(x + n * m.columns + k);
-            hold(part);
-            for (int r = 0; r < R; r++) sums[r][n] += w[r] * part;
-        }
-    }
-    for (int r = 0; r < R; r++)
-        for (int n = 0; n < N; n++) {
-            float total = sum(sums[r][n]);
-            for (int64_t k = whole; k < m.columns; k++) total += get(rows[r] + k) * x[n * m.columns + k];
-            float* out = y + n * m.rows + row + r;
-            *out = total + (add ? *out : 0);
-        }
-}
-
-const int TILE = 6, ROWS = 4;  // how many rows of x and of the matrix are multiplied at a time, at most
+const int TILE = 6;   // how many rows of x are multiplied at a time, at most
+const int ROWS = 12;  // of the matrix: a multiple of how many are multiplied at a time
 
 // The rows of x in tile number t, when n are shared out as evenly as can be: 8 are 4 and 4.
 struct Share {
@@ -218,66 +191,103 @@ struct Share {
     Share(int64_t t, int64_t n) : first(t * n / count(n)), rows((t + 1) * n / count(n) - first) {}
 };
 
-// The same for N rows of x and a few of the matrix, as registers hold them.
-template <class Number, int N>
-void tiles_of(const Matrix& m, int64_t row, const float* x, float* y, bool add) {
-    const int R = N <= 2 ? ROWS : REGISTERS / 8;
-    int64_t last = std::min(row + ROWS, m.rows);
-    for (; row + R <= last; row += R) tile<Number, R, N>(m, row, x, y, add);
-    for (; row < last; row++) tile<Number, 1, N>(m, row, x, y, add);
+// y[n][row] = x[n] . m[row] for N rows of x from `first` on and `count` of the matrix, as many at a time as the kernel
+// takes. Its `tile` computes R of them; rows of y are `m.rows` apart.
+template <class Kernel, int N>
+void tiles_of(const Matrix& m, int64_t row, int64_t count, const typename Kernel::Input& x, int64_t first, float* y,
+              bool add) {
+    const int R = Kernel::rows(N);
+    int64_t last = row + count;
+    y += first * m.rows;
+    for (; row + R <= last; row += R) Kernel::template tile<R, N>(m, row, x, first, y + row, add);
+    for (; row < last; row++) Kernel::template tile<1, N>(m, row, x, first, y + row, add);
 }
 
-template <class Number>
-void multiply(const Matrix& m, const float* x, float* y, int64_t n, bool add) {
-    static const decltype(&tiles_of<Number, 1>) tiles[TILE] = {
-        tiles_of<Number, 1>, tiles_of<Number, 2>, tiles_of<Number, 3>,
-        tiles_of<Number, 4>, tiles_of<Number, 5>, tiles_of<Number, 6>};
-    #pragma omp for schedule(static) nowait
-    for (int64_t row = 0; row < m.rows; row += ROWS)
+template <class Kernel>
+void multiply(const Matrix& m, const typename Kernel::Input& x, float* y, int64_t n, bool add) {
+    static const decltype(&tiles_of<Kernel, 1>) tiles[TILE] = {
+        tiles_of<Kernel, 1>, tiles_of<Kernel, 2>, tiles_of<Kernel, 3>,
+        tiles_of<Kernel, 4>, tiles_of<Kernel, 5>, tiles_of<Kernel, 6>};
+    int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads(), end = m.rows * (thread + 1) / threads;
+    for (int64_t row = m.rows * thread / threads; row < end; row += ROWS)
         for (int64_t t = 0; t < Share::count(n); t++) {
             Share part(t, n);
-            tiles[part.rows - 1](m, row, x + part.first * m.columns, y + part.first * m.rows, add);
+            tiles[part.rows - 1](m, row, std::min<int64_t>(ROWS, end - row), x, part.first, y, add);
         }
 }
+
+// Sums as vectors over columns, in the longest vectors there are.
+template <class Number>
+struct Plain {
+    typedef const float* Input;
+    static constexpr int rows(int n) {  // their sums, their numbers and one of x are in registers
+        return std::min(4, (REGISTERS - 1) / (n + 1));
+    }
+
+    template <int R, int N>
+    static void tile(const Matrix& m, int64_t row, const float* x, int64_t first, float* y, bool add) {
+        const Number* rows[R];
+        for (int r = 0; r < R; r++) rows[r] = (const Number*)m.data + (row + r) * m.columns;
+        Vector sums[R][N] = {};
+        int64_t whole = m.columns / WIDTH * WIDTH;
+        x += first * m.columns;
+        for (int64_t k = 0; k < whole; k += WIDTH) {
+            Vector w[R];
+            for (int r = 0; r < R; r++) {
+                w[r] = load(rows[r] + k);
+                __builtin_prefetch(rows[r] + k + R * m.columns);  // the same place in the next tile
+            }
+            for (int n = 0; n < N; n++) {
+                Vector part = load(x + n * m.columns + k);
+                hold(part);
+                for (int r = 0; r < R; r++) sums[r][n] += w[r] * part;
+            }
+        }
+        for (int r = 0; r < R; r++)
+            for (int n = 0; n < N; n++) {
+                float total = sum(sums[r][n]), *out = y + n * m.rows + r;
+                for (int64_t k = whole; k < m.columns; k++) total += get(rows[r] + k) * x[n * m.columns + k];
+                *out = total + (add ? *out : 0);
+            }
+    }
+};
 
 #ifdef __AVX512BF16__
 // The same for bfloat16 and x rounded to it: products of pairs are added in one instruction.
-template <int R, int N>
-void narrow_tile(const Matrix& m, int64_t row, const uint16_t* x, float* y, bool add) {
-    const uint16_t* rows = (const uint16_t*)m.data + row * m.columns;
-    __m512 sums[R][N] = {};
-    for (int64_t k = 0; k < m.columns; k += GROUP) {
-        __m512bh w[R];
-        for (int r = 0; r < R; r++) {
-            w[r] = (__m512bh)_mm512_loadu_si512(rows + r * m.columns + k);
-            __builtin_prefetch(rows + (R + r) * m.columns + k);
-        }
-        for (int n = 0; n < N; n++) {
-            __m512bh part = (__m512bh)_mm512_loadu_si512(x + n * m.columns + k);
-            for (int r = 0; r < R; r++) sums[r][n] = _mm512_dpbf16_ps(sums[r][n], w[r], part);
-        }
-    }
-    for (int r = 0; r < R; r++)
-        for (int n = 0; n < N; n++) {
-            float* out = y + n * m.rows + row + r;
-            *out = sum((Vector)sums[r][n]) + (add ? *out : 0);
-        }
-}
+struct Narrow {
+    typedef std::vector<uint16_t> Input;
+    static constexpr int rows(int) { return 4; }
 
-void narrow_multiply(const Matrix& m, const float* x, float* y, int64_t n, bool add) {
-    std::vector<uint16_t> halves(n * m.columns);
-    for (int64_t i = 0; i < n * m.columns; i += WIDTH)
-        _mm256_storeu_si256((__m256i*)&halves[i], (__m256i)_mm512_cvtneps_pbh((__m512)load(x + i)));
-    #pragma omp for schedule(static) nowait
-    for (int64_t row = 0; row < m.rows; row += 4) {
-        int64_t i = 0;
-        for (; i + 4 <= n; i += 4) narrow_tile<4, 4>(m, row, &halves[i * m.columns], y + i * m.rows, add);
-        for (; i < n; i++) narrow_tile<4, 1>(m, row, &halves[i * m.columns], y + i * m.rows, add);
+    static Input rounded(const float* x, int64_t size) {
+        Input halves(size);
+        for (int64_t i = 0; i < size; i += WIDTH)
+            _mm256_storeu_si256((__m256i*)&halves[i], (__m256i)_mm512_cvtneps_pbh((__m512)load(x + i)));
+        return halves;
     }
-}
+
+    template <int R, int N>
+    static void tile(const Matrix& m, int64_t row, const Input& x, int64_t first, float* y, bool add) {
+        const uint16_t *rows = (const uint16_t*)m.data + row * m.columns, *in = &x[first * m.columns];
+        __m512 sums[R][N] = {};
+        for (int64_t k = 0; k < m.columns; k += GROUP) {
+            __m512bh w[R];
+            for (int r = 0; r < R; r++) {
+                w[r] = (__m512bh)_mm512_loadu_si512(rows + r * m.columns + k);
+                __builtin_prefetch(rows + (R + r) * m.columns + k);
+            }
+            for (int n = 0; n < N; n++) {
+                __m512bh part = (__m512bh)_mm512_loadu_si512(in + n * m.columns + k);
+                for (int r = 0; r < R; r++) sums[r][n] = _mm512_dpbf16_ps(sums[r][n], w[r], part);
+            }
+        }
+        for (int r = 0; r < R; r++)
+            for (int n = 0; n < N; n++) {
+                float* out = y + n * m.rows + r;
+                *out = sum((Vector)sums[r][n]) + (add ? *out : 0);
+            }
+    }
+};
 #endif
-
-// ---- products with int8 and int4 ----
 
 // Numbers of 16 bits from -highest to highest, the nearest to x / scale; returns the scale, NaN where x is not finite.
 float round_part(const float* x, int64_t size, float highest, int16_t* numbers) {
@@ -309,52 +319,62 @@ struct Rounded {
     }
 };
 
-// y[n][row] = x[n] . m[row], for N rows of x, which start with group `first`. Integers of a group are multiplied and
-// added exactly; eight groups at a time, as their scales are read together.
-template <class Kind, int N>
-void int_row(const Matrix& m, int64_t row, const Rounded& x, int64_t first, float* y, bool add) {
-    int64_t groups = m.columns / GROUP;
-    const uint8_t* data = (const uint8_t*)m.data + row * groups * Kind::BYTES;
-    const uint16_t* scales = (const uint16_t*)m.scale + row * groups;
-    Floats sums[N] = {}, offsets[N] = {};
-    auto some = [&](int64_t start, int count) {
-        float scale[N][8];
-        for (int n = 0; n < N; n++) {
-            int64_t at = first + n * groups + start;
-            Floats of = eight(&x.scales[at], count);
-            if (Kind::OFFSET) of *= eight(scales + start, count), offsets[n] += of * eight(&x.totals[at], count);
-            *(FloatsAt*)scale[n] = of;
-        }
-        for (int i = 0; i < count; i++) {
-            Shorts w[2];
-            Kind::read(data + (start + i) * Kind::BYTES, w);
-            __builtin_prefetch(data + (start + i) * Kind::BYTES + 4096);
-            for (int n = 0; n < N; n++) {
-                const ShortsAt* part = (const ShortsAt*)&x.numbers[(first + n * groups + start + i) * GROUP];
-                Ints products = pairs(w[0], part[0]) + pairs(w[1], part[1]);
-                sums[n] += __builtin_convertvector(products, Floats) * scale[n][i];
-            }
-        }
-    };
-    int64_t start = 0;
-    for (; start + 8 <= groups; start += 8) some(start, 8);
-    some(start, int(groups - start));
-    for (int n = 0; n < N; n++) {
-        float total = sum(sums[n] - Kind::OFFSET * offsets[n]), *out = y + n * m.rows + row;
-        *out = total * (Kind::OFFSET ? 1 : ((const float*)m.scale)[row]) + (add ? *out : 0);
-    }
-}
-
+// Integers of a group are multiplied and added exactly; eight groups at a time, as their scales are read together.
 template <class Kind>
-void int_multiply(const Matrix& m, const float* x, float* y, int64_t n, bool add) {
-    Rounded rounded(x, n * m.columns);
-    #pragma omp for schedule(static) nowait
-    for (int64_t row = 0; row < m.rows; row++) {
-        int64_t i = 0, groups = m.columns / GROUP;
-        for (; i + 4 <= n; i += 4) int_row<Kind, 4>(m, row, rounded, i * groups, y + i * m.rows, add);
-        for (; i < n; i++) int_row<Kind, 1>(m, row, rounded, i * groups, y + i * m.rows, add);
+struct Integer {
+    typedef Rounded Input;
+    static constexpr int rows(int n) { return n == 1 ? 1 : 2; }
+
+    template <int R, int N>
+    static void tile(const Matrix& m, int64_t row, const Rounded& x, int64_t first, float* y, bool add) {
+        int64_t groups = m.columns / GROUP;
+        const uint8_t* data = (const uint8_t*)m.data + row * groups * Kind::BYTES;
+        const uint16_t* scales = (const uint16_t*)m.scale + row * groups;
+        Floats sums[R][N] = {}, offsets[R][N] = {};
+        auto some = [&](int64_t start, int count) {
+            float scale[R][N][8];
+            for (int n = 0; n < N; n++) {
+                int64_t at = (first + n) * groups + start;
+                for (int r = 0; r < R; r++) {
+                    Floats of = eight(&x.scales[at], count);
+                    if (Kind::OFFSET) {
+                        of *= eight(scales + r * groups + start, count);
+                        offsets[r][n] += of * eight(&x.totals[at], count);
+                    }
+                    *(FloatsAt*)scale[r][n] = of;
+                }
+            }
+            Floats parts[R][N] = {};  // in registers, which `sums` are not
+            for (int i = 0; i < count; i++) {
+                Shorts w[R][2];
+                for (int r = 0; r < R; r++) {
+                    const uint8_t* group = data + (r * groups + start + i) * Kind::BYTES;
+                    Kind::read(group, w[r]);
+                    __builtin_prefetch(group + 4096);
+                }
+                for (int n = 0; n < N; n++) {
+                    const ShortsAt* in = (const ShortsAt*)&x.numbers[((first + n) * groups + start + i) * GROUP];
+                    Shorts lower = in[0], upper = in[1];
+                    if (R > 1) hold(lower), hold(upper);
+                    for (int r = 0; r < R; r++) {
+                        Ints products = pairs(w[r][0], lower) + pairs(w[r][1], upper);
+                        parts[r][n] += __builtin_convertvector(products, Floats) * scale[r][n][i];
+                    }
+                }
+            }
+            for (int r = 0; r < R; r++)
+                for (int n = 0; n < N; n++) sums[r][n] += parts[r][n];
+        };
+        int64_t start = 0;
+        for (; start + 8 <= groups; start += 8) some(start, 8);
+        some(start, int(groups - start));
+        for (int r = 0; r < R; r++)
+            for (int n = 0; n < N; n++) {
+                float total = sum(sums[r][n] - Kind::OFFSET * offsets[r][n]), *out = y + n * m.rows + r;
+                *out = total * (Kind::OFFSET ? 1 : ((const float*)m.scale)[row + r]) + (add ? *out : 0);
+            }
     }
-}
+};
 
 // The same where the last group of a row is not whole.
 void odd_multiply(const Matrix& m, const float* x, float* y, int64_t n, bool add) {
@@ -607,15 +627,15 @@ int64_t many(const Matrix& m, const Activation* x, Activation* y, int64_t n, flo
 
 // y (N, rows) = x (N, columns) @ m.T, added to what is there if `add`. The caller waits.
 void product(const Matrix& m, const float* x, float* y, int64_t n, bool add = false) {
-    if (m.kind == FLOAT32) multiply<float>(m, x, y, n, add);
+    if (m.kind == FLOAT32) multiply<Plain<float>>(m, x, y, n, add);
 #ifdef __AVX512BF16__
-    else if (m.kind == BFLOAT16 && n >= 4 && m.columns % GROUP == 0 && m.rows % 4 == 0)
-        narrow_multiply(m, x, y, n, add);
+    else if (m.kind == BFLOAT16 && n >= 4 && m.columns % GROUP == 0)
+        multiply<Narrow>(m, Narrow::rounded(x, n * m.columns), y, n, add);
 #endif
-    else if (m.kind == BFLOAT16) multiply<uint16_t>(m, x, y, n, add);
+    else if (m.kind == BFLOAT16) multiply<Plain<uint16_t>>(m, x, y, n, add);
     else if (m.columns % GROUP) odd_multiply(m, x, y, n, add);
-    else if (m.kind == INT8) int_multiply<Int8>(m, x, y, n, add);
-    else int_multiply<Int4>(m, x, y, n, add);
+    else if (m.kind == INT8) multiply<Integer<Int8>>(m, Rounded(x, n * m.columns), y, n, add);
+    else multiply<Integer<Int4>>(m, Rounded(x, n * m.columns), y, n, add);
 }
 
 // ---- the formulas of model.py ----
