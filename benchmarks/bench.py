@@ -10,6 +10,7 @@ that is not installed is listed as such. Weights are random; the files are writt
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import importlib.util
 import json
@@ -21,18 +22,34 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from suite import startup, turns
-from suite.bars import BATCH, DECODE, LONG, PREFILL, SHORT, bars
+from suite import startup, training, turns
+from suite.bars import (
+    BATCH,
+    DECODE,
+    LONG,
+    PREFILL,
+    SHORT,
+    STEP,
+    STEP_BESIDE,
+    STEP_PRODUCTS,
+    STEP_THEIRS,
+    bars,
+)
 from suite.engines import ENGINES, FAST, PACKAGES, Engine, interpreter, problem
 from suite.models import SHAPES, Files
 from suite.plots import draw_bars, draw_roofline
 from suite.report import MEASURED, Work, limits, machine, other, row, text
+from suite.rows import FAST as FAST_STEP
+from suite.rows import PLAIN, THEIRS
+from suite.training import Steps, missing
 from suite.turns import LIMIT, PATIENCE, Worker
 
 from openllama.checkpoint.folders import write_whole
+from openllama.products import bfloat16_is_slow
 
+RECOMPUTED = "model.loss, products kept"
 GENERATING = {"plain": {}, "int4 assistant": {"assistant": "int4"}, "prompt lookup": {"lookup": 5}}
-PHASES = (PREFILL, DECODE, SHORT, LONG, BATCH, "generate", "start")
+PHASES = (PREFILL, DECODE, SHORT, LONG, BATCH, "generate", "start", "training", "memory")
 
 
 def main() -> int:
@@ -118,6 +135,8 @@ class Run:
         self.product_types: dict[str, str] = {}  # in which the limits of products were computed
         self.found: list[tuple[str, dict[str, list[dict[str, Any]]]]] = []  # a phase, and the answers of each engine
         self.others: dict[str, dict[str, Any]] = {}
+        self.memory: dict[str, dict[str, Any]] = {}
+        self.trained: dict[str, Any] = {}  # what a training step is, here and beside transformers
         context, tokens = options.context, options.tokens
         self.work = {
             PREFILL: Work(f"prefill {context}", "prefill", {"tokens": context}),
@@ -134,8 +153,11 @@ class Run:
         for group in [[engine] for engine in ready] if self.alone else [list(ready)]:
             self.measure_together({engine: ready[engine] for engine in group})
             self.save()
-        if "start" in self.options.phases:
-            self.start(ready)
+        for phase, last in (("start", lambda: self.start(ready)), ("training", self.train), ("memory", self.grow)):
+            if phase in self.options.phases:
+                self.say(phase)
+                last()
+                self.save()
         self.finished = True
         self.save()
 
@@ -162,6 +184,8 @@ class Run:
             "product_types": self.product_types,
             "rows": rows,
             "others": self.others,
+            "trained": self.trained,
+            "memory": self.memory,
         }
         return {**result, "bars": bars(result)}
 
@@ -222,12 +246,50 @@ class Run:
 
     def start(self, ready: Mapping[Engine, tuple[Path, Path]]) -> None:
         """Seconds of processes from their start."""
-        self.say("start")
         bf16 = {engine: of for engine, of in ready.items() if engine.precision == "bf16"}
         repeats = self.options.repeats
         taken = startup.first_tokens(bf16, self.shape, self.options.threads, min(repeats, 3), self.options.patience)
         taken |= startup.processes(repeats) | startup.builds()
         self.others |= {name: other(answers) for name, answers in taken.items()}
+
+    def train(self) -> None:
+        """Seconds of a training step: alone beside its products, and in turns with that of transformers.
+
+        Where torch's products of bfloat16 are slow, a step of transformers at full size would take half an hour, so the
+        two are compared at a smaller one.
+        """
+        alone = self.steps(max(1, self.options.context // 2))
+        answers, products = alone.times([FAST_STEP], self.options.repeats)
+        self.others |= {STEP: other(answers[FAST_STEP]), STEP_PRODUCTS: other(products)}
+        small = SHAPES["step"] if bfloat16_is_slow() else alone.shape
+        beside = dataclasses.replace(alone, shape=min(small, alone.shape, key=lambda shape: shape.layer_weights))
+        if theirs := self.theirs(self.others):
+            answers, _ = beside.times([FAST_STEP, *theirs], self.options.repeats)
+            names = {FAST_STEP: STEP_BESIDE, THEIRS[0]: STEP_THEIRS}
+            self.others |= {names[row]: other(of) for row, of in answers.items()}
+        self.trained = {"tokens": alone.tokens, "shape": alone.shape.name, "beside": beside.shape.name}
+
+    def grow(self) -> None:
+        """Memory of a training step of many tokens, and of long prompts."""
+        tokens = 4 * self.options.context
+        steps = self.steps(tokens, "float32" if bfloat16_is_slow() else "bfloat16")
+        answers = steps.memory([*self.theirs(self.memory), PLAIN, RECOMPUTED])
+        names = {THEIRS[0]: STEP_THEIRS, PLAIN: STEP, RECOMPUTED: f"{STEP}, products kept"}
+        self.memory |= {names[row]: {"tokens": tokens, "dtype": steps.dtype, **of} for row, [of] in answers.items()}
+        self.memory |= training.prompts(steps, [size * self.options.context for size in (4, 8, 16, 32)])
+
+    def steps(self, tokens: int, dtype: str = "bfloat16") -> Steps:
+        """Training steps of the shape; parameters and gradients of V1 would not fit into most memories."""
+        shape = SHAPES["A"] if self.options.shape == "V1" else self.shape
+        peer = interpreter(ENGINES["transformers bf16"], self.options.peers)
+        return Steps(shape, tokens, dtype, self.options.threads, self.options.patience, peer)
+
+    def theirs(self, table: dict[str, dict[str, Any]]) -> list[str]:
+        """The row of transformers, or none, and then ``table`` says why."""
+        if problem := missing(interpreter(ENGINES["transformers bf16"], self.options.peers)):
+            table[STEP_THEIRS] = {"error": problem}
+            return []
+        return [THEIRS[0]]
 
     def rows(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The limits during each phase, and a row for each engine in it; where one failed, its status says why."""

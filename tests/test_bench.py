@@ -107,6 +107,7 @@ def made(**seconds: float) -> dict[str, Any]:
             for key, value in seconds.items()
         ],
         "others": {},
+        "memory": {},
     }  # fmt: skip
 
 
@@ -131,7 +132,7 @@ def in_phases(**phases: dict[str, Any]) -> dict[str, Any]:
     """Results with rows of fast bfloat16 in phases."""
     names = {"short": "decode, short", "long": "decode, long", "batch": "decode, batch"}
     rows = [{**FIGURES, "rows": 1, "phase_key": names[key], **of} for key, of in phases.items()]
-    return {"rows": rows, "others": {}}
+    return {"rows": rows, "others": {}, "memory": {}}
 
 
 def test_several_rows_have_one_of_two_goals():
@@ -159,9 +160,9 @@ def test_the_start_of_a_process_is_that_of_the_engines_that_are_there():
         return {what: {"seconds": report.summary([value])} for what, value in seconds.items()}
 
     fast, plain, start = taken("openllama fast bf16", 2.8), taken("openllama bf16", 2.2), "process start"
-    assert reached({"rows": [], "others": fast}, start) == (1.4, "must")
-    assert reached({"rows": [], "others": fast | plain}, start) == (1.1, "research")
-    assert reached({"rows": [], "others": {}}, start) == (None, "not measured")
+    assert reached({"rows": [], "others": fast, "memory": {}}, start) == (1.4, "must")
+    assert reached({"rows": [], "others": fast | plain, "memory": {}}, start) == (1.1, "research")
+    assert reached({"rows": [], "others": {}, "memory": {}}, start) == (None, "not measured")
 
 
 def test_a_summary_is_the_median_with_the_least_and_the_most():
@@ -374,6 +375,36 @@ def test_it_is_said_which_phase_of_how_many_runs_and_of_which_engine_if_alone(ru
         "phase 1 of 2: prefill 512, openllama bf16", "phase 2 of 2: decode at 512, openllama bf16",
         "phase 1 of 2: prefill 512, openllama fast bf16", "phase 2 of 2: decode at 512, openllama fast bf16",
     ]  # fmt: skip
+
+
+def test_training_steps_and_long_prompts_are_compared_at_any_shape(run, tmp_path):
+    started = run("--engines", "openllama fast bf16", "--phases", "training", "memory", "--context", "16",
+                  "--repeats", "1", "--threads", "1", "--peer-python", "transformers=/bin/false")  # fmt: skip
+    started.measure()
+    results = started.results()
+    assert results["trained"] == {"tokens": 8, "shape": "small", "beside": "small"}
+    assert "lacks torch or transformers" in results["others"]["training step of transformers"]["error"]
+    assert "lacks torch or transformers" in results["memory"]["training step of transformers"]["error"]
+    assert {name: of["tokens"] for name, of in results["memory"].items() if "bytes" in of} == {
+        "training step": 64, "training step, products kept": 64,
+        **{f"prompt of {tokens} tokens": tokens for tokens in (64, 128, 256, 512)},
+    }  # fmt: skip
+    assert reached(results, "training step: share of the limit")[0] > 0
+    assert reached(results, "training step: speed beside transformers")[1] == "not measured"
+    printed = report.text(results)
+    assert "| prompt of 512 tokens | 512 | bfloat16 |" in printed
+    assert "Training steps: 8 tokens in bfloat16, shape small; beside transformers, shape small." in printed
+
+
+def test_goals_of_training_and_memory_compare_with_transformers_and_with_half_the_prompt():
+    step = {"training step beside transformers": 2.0, "training step of transformers": 3.0}
+    others = {name: {"seconds": report.summary([seconds])} for name, seconds in step.items()}
+    memory = {"training step": {"bytes": 4, "tokens": 8}, "training step of transformers": {"bytes": 8, "tokens": 8}}
+    memory |= {f"prompt of {n} tokens": {"bytes": 3 * n * n, "tokens": n} for n in (1, 2, 4)}
+    results = {"rows": [], "others": others, "memory": memory}
+    assert reached(results, "training step: speed") == (1.5, "research")
+    assert reached(results, "training step of many tokens") == (0.5, "must")
+    assert reached(results, "prompt twice as long") == (4.0, "no")
 
 
 def test_each_phase_has_a_context_of_its_own_and_several_rows_a_short_one(run):

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.suite import training as training_suite
+
 ROOT = Path(__file__).parents[1]
 SMALL = {
     "vocab-size": 300,
@@ -18,7 +20,6 @@ SMALL = {
     "num-attention-heads": 2,
     "tokens": 16,
     "threads": 1,
-    "repeats": 2,
 }
 
 
@@ -30,21 +31,40 @@ def training(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_training_step_is_timed_in_turns_and_compared_with_the_limit_of_its_products(tmp_path: Path) -> None:
     file = tmp_path / "result.json"
-    done = training("--rows", "model.loss", "model.loss, fast products", "--keep-memory", "--json", str(file))
+    rows = ["model.loss", "model.loss, fast products"]
+    done = training("--repeats", "2", "--rows", *rows, "--keep-memory", "--json", str(file))
     assert done.returncode == 0, done.stderr
     result = json.loads(file.read_text())
-    rows = ["model.loss", "model.loss, fast products"]
     assert list(result["rows"]) == [*rows, *(f"{row}, memory kept" for row in rows)]
-    operations = 6 * 16 * (4 * 32 * 32 + 3 * 32 * 64 + 300 * 32)
-    assert result["limit"] == pytest.approx(operations / result["operations_per_second"])
-    first = result["rows"]["model.loss"]["seconds"]
+    first = result["rows"]["model.loss"]["seconds"]["median"]
     for name, row in result["rows"].items():
         assert name in done.stdout
-        assert row["lowest"] <= row["seconds"] <= row["highest"]
-        assert 0 < row["forward"] < row["highest"]
-        assert row["times_the_first"] == pytest.approx(first / row["seconds"])
-        assert row["of_the_limit"] == pytest.approx(result["limit"] / row["seconds"])
+        taken = row["seconds"]
+        assert taken["count"] == 2
+        assert 0 < row["forward"] < taken["max"]
+        assert row["times_the_first"] == pytest.approx(first / taken["median"])
+        assert row["of_the_limit"] == pytest.approx(result["limit"] / taken["median"])
         assert row["loss"] == pytest.approx(result["rows"]["model.loss"]["loss"], abs=0.02)
+
+
+def test_the_memory_of_a_step_is_its_peak_less_parameters_and_gradients(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    done = training("--memory", "--rows", "all logits", "model.loss, layers recomputed", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(file.read_text())["rows"]
+    parameters = 300 * 32 + 4 * 32 * 32 + 3 * 32 * 64 + 5 * 32  # the table, a layer, three norms and the stable one
+    for row in rows.values():
+        assert row["peak"] - row["bytes"] == 2 * 2 * parameters
+        assert row["before"] <= row["peak"] < row["before"] + 2**28
+        assert row["relative"] == pytest.approx(row["bytes"] / rows["all logits"]["bytes"])
+
+
+def test_rows_that_are_not_of_the_same_model_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {"a": [{"loss": 1.0}, {"loss": 1.01}], "b": [{"loss": 1.0}]}
+    assert training_suite._agreeing(answers) == answers
+    for other in (1.1, float("nan")):
+        found = training_suite._agreeing({**answers, "c": [{"loss": other}]})
+        assert all("not the same model" in of["error"] for [of] in found.values())
 
 
 def test_the_comparison_with_transformers_asks_for_its_interpreter(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from .engines import ENGINES, FAST, HF_431, REFERENCE
 
 OURS = {precision: f"openllama fast {precision}" for precision in ("bf16", "int8", "int4")}
 DECODE, LONG, SHORT, BATCH, PREFILL = "decode", "decode, long", "decode, short", "decode, batch", "prefill"
+STEP, STEP_PRODUCTS = "training step", "training step, its products alone"
+STEP_BESIDE, STEP_THEIRS = "training step beside transformers", "training step of transformers"
 Value = Callable[[], float | None]
 Line = tuple[str, str, float | None, float | None, Value]  # what, sense, must, research, the measured value
 
@@ -67,6 +69,21 @@ class Figures:
             raise Missing("first token")
         return min(self.other(f"first token, {name}") / self.other(f"reading its files once, {name}") for name in there)
 
+    def memory(self, name: str) -> float:
+        found = self.results["memory"].get(name, {})
+        if "bytes" not in found:
+            raise Missing(name)
+        return found["bytes"]
+
+    def growth(self) -> float:
+        """Memory of the longest prompt, beside that of the one half as long."""
+        sizes = {of["tokens"]: of["bytes"] for name, of in self.results["memory"].items()
+                 if name.startswith("prompt") and "bytes" in of}  # fmt: skip
+        longest = max(sizes, default=0)
+        if longest // 2 not in sizes:
+            raise Missing("prompts")
+        return sizes[longest] / sizes[longest // 2]
+
     def same_ids(self, name: str) -> float:
         """1 where a call made the ids of the plain one, else 0."""
         found = self.results["others"].get(name, {})
@@ -105,6 +122,7 @@ def _lines(of: Figures) -> Iterator[Line]:
     yield from _prefill(of)
     yield from _contexts(of)
     yield from _starts(of)
+    yield from _training(of)
 
 
 def _decode(of: Figures) -> Iterator[Line]:
@@ -164,6 +182,19 @@ def _starts(of: Figures) -> Iterator[Line]:
         "first token of openllama generate, tiny model, beyond import torch, s", "<=", 1, 0.4,
         lambda: of.other("openllama generate, tiny model, one token") - of.other("import torch"),
     )  # fmt: skip
+
+
+def _training(of: Figures) -> Iterator[Line]:
+    yield (
+        "training step: speed beside transformers", ">=", 1.15, 1.5,
+        lambda: of.other(STEP_THEIRS) / of.other(STEP_BESIDE),
+    )  # fmt: skip
+    yield "training step: share of the limit", ">=", None, 0.7, lambda: of.other(STEP_PRODUCTS) / of.other(STEP)
+    yield (
+        "training step of many tokens: memory beside transformers, less parameters and gradients", "<=", 0.5, 0.35,
+        lambda: of.memory(STEP) / of.memory(STEP_THEIRS),
+    )  # fmt: skip
+    yield "prompt twice as long: times the memory", "<=", 2.1, None, of.growth
 
 
 def _beside_peers(of: Figures, phase: str, precision: str, must: float, research: float | None) -> Line:

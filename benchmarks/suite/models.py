@@ -66,6 +66,7 @@ SHAPES = {
     for shape in (
         Shape("A", _config(100_000, 2048, 11008, 8, 32)),  # aerner/lm-v2: 0.88 billion parameters
         Shape("V1", _config(100_000, 4096, 11008, 32, 32)),  # Open-Llama-V1: 6.9 billion
+        Shape("step", _config(8000, 512, 1376, 2, 8)),  # for training steps where products of bfloat16 are slow
         Shape("tiny", _config(4600, 256, 688, 4, 4)),  # checkpoints/open-llama-tiny
         Shape("small", _config(4600, 64, 96, 2, 2)),  # for tests
     )

@@ -147,7 +147,7 @@ def text(results: Mapping[str, Any]) -> str:
     ]
     for phase in dict.fromkeys(row["phase_name"] for row in results["rows"]):
         lines += ["", *_phase(results, phase)]
-    lines += ["", *_limits(results), "", *_others(results), "", *_bars(results["bars"]), ""]
+    lines += ["", *_limits(results), "", *_others(results), "", *_memory(results), "", *_bars(results["bars"]), ""]
     missing = {name: status for name, status in results["engines"].items() if status["status"] != MEASURED}
     lines += ["| not measured | why |", "| --- | --- |"]
     lines += [f"| {name} | {status['status']} |" for name, status in missing.items()]
@@ -188,6 +188,18 @@ def _others(results: Mapping[str, Any]) -> list[str]:
             lines.append("| {}{} | {median:.3f} [{min:.3f}, {max:.3f}] |".format(name, ids, **taken["seconds"]))
         else:
             lines.append(f"| {name} | {taken['error']} |")
+    return lines
+
+
+def _memory(results: Mapping[str, Any]) -> list[str]:
+    """Memory of steps and prompts, and what the training steps above were."""
+    lines = ["| memory | tokens | type | MB |", "| --- | ---: | --- | ---: |"]
+    for name, of in results["memory"].items():
+        size = f"{of['bytes'] / 1e6:.0f}" if "bytes" in of else of["error"]
+        lines.append(f"| {name} | {of.get('tokens', '-')} | {of.get('dtype', '-')} | {size} |")
+    if trained := results["trained"]:
+        steps = "Training steps: {tokens} tokens in bfloat16, shape {shape}; beside transformers, shape {beside}."
+        lines += ["", steps.format(**trained)]
     return lines
 
 

@@ -1,0 +1,116 @@
+"""Training steps of this package and of current transformers, in turns, and the memory that they need."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .engines import ROOT
+from .models import Shape
+from .rows import THEIRS
+from .turns import HERE, LIMIT, Worker, limit_rates, limit_worker, take_turns
+
+Answer = dict[str, Any]
+TOLERANCE = 0.02  # of the losses, which are about ln(vocab_size); half precision rounds LayerNorm(E)
+KEPT = ", memory kept"  # a row with it has
+KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}  # glibc gives nothing back
+NAMES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What is measured: forward and backward of one sequence of so many tokens, without dropout."""
+
+    shape: Shape
+    tokens: int
+    dtype: str
+    threads: int
+    patience: float
+    peer: Path | None = None  # the interpreter that has transformers
+
+    @property
+    def operations(self) -> int:
+        """Those of the products: forward, and twice as many backward; attention left out."""
+        return 6 * self.tokens * (self.shape.layer_weights + self.shape.head_weights)
+
+    def times(self, rows: Sequence[str], repeats: int) -> tuple[dict[str, list[Answer]], list[Answer]]:
+        """Answers of each row, by turns, and those of the products alone, at the rate of one large product."""
+        workers = {row: self._worker(row) for row in rows}
+        limit = limit_worker(self.shape, self.threads, self.patience)
+        try:
+            ready = {row: worker for row, worker in workers.items() if "error" not in worker.facts}
+            answers = take_turns(ready, limit, repeats, "step")
+            rates = [limit_rates(self.shape, answer["seconds"])["bf16"] for answer in answers.pop(LIMIT)]
+        finally:
+            for worker in (*workers.values(), limit):
+                worker.close()
+        failed = {row: [worker.facts] for row, worker in workers.items() if row not in answers}
+        return _agreeing(answers | failed), [{"seconds": [self.operations / rate]} for rate in rates]
+
+    def memory(self, rows: Sequence[str]) -> dict[str, list[Answer]]:
+        """The memory of each row, in a process of its own."""
+        answers = {}
+        for row in rows:
+            worker = self._worker(row)
+            answers[row] = [worker.facts if "error" in worker.facts else worker.ask("memory")]
+            worker.close()
+        return _agreeing(answers)
+
+    def _worker(self, row: str) -> Worker:
+        name = row.removesuffix(KEPT)
+        theirs = name in THEIRS
+        shape = {name: getattr(self.shape.config, name) for name in NAMES}
+        return Worker(
+            [self.peer if theirs and self.peer else sys.executable, HERE / "steps.py", name,
+             "--shape", json.dumps(shape), "--tokens", str(self.tokens), "--dtype", self.dtype,
+             "--threads", str(self.threads)],
+            self.patience, PYTHONPATH="" if theirs else str(ROOT), **(KEPT_MEMORY if row != name else {}),
+        )  # fmt: skip
+
+
+def prompts(of: Steps, lengths: Sequence[int]) -> dict[str, Answer]:
+    """Memory of prompts of these lengths, with two layers of the shape."""
+    shape = {name: getattr(of.shape.config, name) for name in NAMES} | {"num_hidden_layers": 2}
+    worker = Worker(
+        [sys.executable, HERE / "long.py", "--shape", json.dumps(shape), "--tokens", str(max(lengths)),
+         "--threads", str(of.threads)],
+        of.patience, PYTHONPATH=str(ROOT),
+    )  # fmt: skip
+    found = {}
+    for tokens in lengths:
+        answer = worker.facts if "error" in worker.facts else worker.ask("memory", tokens=tokens)
+        found[f"prompt of {tokens} tokens"] = {"tokens": tokens, "dtype": "bfloat16", **answer}
+    worker.close()
+    return found
+
+
+def _agreeing(answers: dict[str, list[Answer]]) -> dict[str, list[Answer]]:
+    """``answers``, or errors where the losses differ: then these are not the same model."""
+    losses = [answer["loss"] for of in answers.values() for answer in of if "loss" in answer]
+    if not all(abs(loss - losses[0]) <= TOLERANCE for loss in losses):  # NaN, too
+        return {row: [{"error": f"the losses are {losses}: not the same model"}] for row in answers}
+    return answers
+
+
+def missing(peer: Path) -> str | None:
+    """Why transformers cannot be compared with, or None if it can."""
+    if not peer.is_file():
+        return f"{peer}: no such file"
+    code = "import torch, transformers; print(torch.__version__, transformers.__version__)"
+    found = subprocess.run([peer, "-c", code], capture_output=True, text=True, check=False)
+    if found.returncode:
+        said = found.stderr.strip().splitlines() or ["no message"]
+        return f"{peer} lacks torch or transformers ({said[-1]}); install both"
+    torch_version, version = found.stdout.split()
+    if int(version.split(".")[0]) < 5:
+        return f"{peer} has transformers {version}; version 5 is needed"
+    if torch_version != torch.__version__:
+        return f"{peer} has torch {torch_version}, this interpreter {torch.__version__}; they must be the same"
+    return None
