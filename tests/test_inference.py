@@ -331,6 +331,12 @@ def test_rows_multiplied_as_integers_may_lie_anywhere_and_keep_their_type():
     assert torch.equal(narrow, multiply(x.bfloat16().float(), weight, scale).bfloat16())
 
 
+def test_the_largest_scales_of_int4_do_not_overflow():
+    weight, scale = round_matrix(torch.full((4, 64), -1e36), "int4")
+    found = multiply(torch.full((33, 64), 1e-3), weight, scale)
+    torch.testing.assert_close(found, torch.full((33, 4), -6.4e34), rtol=5e-3, atol=0)
+
+
 def product(matrix: Tensor, x: Tensor, weights: str, threads: int = 2) -> tuple[Tensor, Tensor]:
     """x @ matrix.T by the loops, which write nothing beside it, and in float64; the matrix is rounded to its kind."""
     if weights in ("int8", "int4"):

@@ -489,7 +489,7 @@ float widen_part(const Matrix& m, int64_t row, int64_t first, int64_t size, int1
             memcpy(out + g * GROUP + half * 16, &part, sizeof part);
         }
     }
-    return largest * 32768 / 32767 * 8 / INT4_WEIGHT + check;
+    return largest * (32768.f / 32767 * 8 / INT4_WEIGHT) + check;
 }
 
 // One step of a sum over columns: a number of x (of integers two) is multiplied by those of all rows of a vector.
