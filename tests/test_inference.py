@@ -169,6 +169,43 @@ def test_every_processor_multiplies_weights_of_every_kind_and_shape(processor, w
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
+def test_the_bits_of_a_row_depend_neither_on_those_beside_it_nor_on_threads(processor, weights):
+    """Of four rows or more, those of bfloat16 may be rounded to it, so these are compared with themselves, four times.
+
+    Rows of the matrix are multiplied up to four at a time and integers in groups of 32, eight groups at a time.
+    """
+    for shape in ((1, 31), (2, 96), (13, 33), (25, 64), (14, 288)):
+        matrix, x = torch.randn(shape), torch.randn(13, shape[1])
+        alone, of_four = (
+            torch.cat([product(matrix, row.repeat(rows, 1), weights, threads=1)[0][:1] for row in x]) for rows in (1, 4)
+        )
+        for rows, threads in itertools.product((2, 3, 4, 5, 6, 7, 13), (1, 3)):
+            expected = of_four if weights == "bfloat16" and rows >= 4 else alone
+            found = product(matrix, x[:rows], weights, threads)[0]
+            assert torch.equal(found, expected[:rows]), (shape, rows, threads)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@torch.no_grad()
+def test_the_logits_of_a_sequence_do_not_depend_on_those_beside_it(processor, weights):
+    """Products that are added to what is there, too; see above for bfloat16."""
+    model = make_model(hidden_size=64, intermediate_size=288)
+    if weights in ("int8", "int4"):
+        model = quantize(model, weights)
+    quick = fast(model.to(torch.bfloat16) if weights == "bfloat16" else model)
+    shapes = passes(quick)
+
+    def logits(ids: Tensor) -> Tensor:
+        return quick(cached(quick, ids[:, :0], None, quick.dtype, 3)._replace(tokens=ids)).logits
+
+    ids = torch.randint(0, 40, (9, 1))
+    alone = torch.cat([logits(row[None]) for row in ids])
+    for rows in (2, 3) if weights == "bfloat16" else (2, 3, 5, 9):
+        assert torch.equal(logits(ids[:rows]), alone[:rows])
+        assert shapes[-1] == (rows, 1)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("shape", [(2, 32), (130, 96), (129, 513), (3, 2048), (66, 1)])
 def test_every_processor_multiplies_many_rows(processor, weights, shape):
     """Rows beside whole tiles of 6 and panels of 16, columns beside whole spans of 256."""
@@ -294,7 +331,13 @@ def test_rows_multiplied_as_integers_may_lie_anywhere_and_keep_their_type():
     assert torch.equal(narrow, multiply(x.bfloat16().float(), weight, scale).bfloat16())
 
 
-def product(matrix: Tensor, x: Tensor, weights: str) -> tuple[Tensor, Tensor]:
+def test_the_largest_scales_of_int4_do_not_overflow():
+    weight, scale = round_matrix(torch.full((4, 64), -1e36), "int4")
+    found = multiply(torch.full((33, 64), 1e-3), weight, scale)
+    torch.testing.assert_close(found, torch.full((33, 4), -6.4e34), rtol=5e-3, atol=0)
+
+
+def product(matrix: Tensor, x: Tensor, weights: str, threads: int = 2) -> tuple[Tensor, Tensor]:
     """x @ matrix.T by the loops, which write nothing beside it, and in float64; the matrix is rounded to its kind."""
     if weights in ("int8", "int4"):
         stored, scale = round_matrix(matrix, weights)
@@ -305,7 +348,7 @@ def product(matrix: Tensor, x: Tensor, weights: str) -> tuple[Tensor, Tensor]:
     struct = structs.Matrix(stored.data_ptr(), scale.data_ptr(), *matrix.shape, WEIGHTS[weights])
     size = len(x) * len(matrix)
     y = torch.full((size + 64,), 7.0)
-    kernels.library().openllama_product(struct, x.data_ptr(), y.data_ptr(), len(x), 2)
+    kernels.library().openllama_product(struct, x.data_ptr(), y.data_ptr(), len(x), threads)
     assert (y[size:] == 7).all()
     return y[:size].view(len(x), -1).double(), x.double() @ exact.double().T
 

@@ -93,6 +93,23 @@ template <class Number>
 Vector load(const Number* p) { return eight(p); }
 #endif
 
+// a * b + c, rounded once where processors can. Compilers do so in one copy of a loop and not in the next, and then the
+// numbers of a row would depend on how many rows are computed with it.
+#if defined(__AVX2__) && defined(__FMA__)
+inline float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline Floats fused(Floats a, Floats b, Floats c) {
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+#else
+template <class Any>
+Any fused(Any a, Any b, Any c) { return a * b + c; }
+#endif
+#ifdef __AVX512F__
+inline Vector fused(Vector a, Vector b, Vector c) {
+    return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+#endif
+
 template <class Number>
 Floats eight(const Number* p, int count) {  // with zeros after the first `count`
     if (count == 8) return eight(p);
@@ -120,9 +137,9 @@ template <class Number>
 float dot(const float* a, const Number* b, int64_t size) {
     Vector sums = {};
     int64_t k = 0;
-    for (; k + WIDTH <= size; k += WIDTH) sums += load(a + k) * load(b + k);
+    for (; k + WIDTH <= size; k += WIDTH) sums = fused(load(a + k), load(b + k), sums);
     float total = sum(sums);
-    for (; k < size; k++) total += a[k] * get(b + k);
+    for (; k < size; k++) total = fused(a[k], get(b + k), total);
     return total;
 }
 
@@ -197,6 +214,7 @@ template <class Kernel, int N>
 void tiles_of(const Matrix& m, int64_t row, int64_t count, const typename Kernel::Input& x, int64_t first, float* y,
               bool add) {
     const int R = Kernel::rows(N);
+    static_assert(ROWS % R == 0);
     int64_t last = row + count;
     y += first * m.rows;
     for (; row + R <= last; row += R) Kernel::template tile<R, N>(m, row, x, first, y + row, add);
@@ -241,13 +259,14 @@ struct Plain {
             for (int n = 0; n < N; n++) {
                 Vector part = load(x + n * m.columns + k);
                 hold(part);
-                for (int r = 0; r < R; r++) sums[r][n] += w[r] * part;
+                for (int r = 0; r < R; r++) sums[r][n] = fused(w[r], part, sums[r][n]);
             }
         }
         for (int r = 0; r < R; r++)
             for (int n = 0; n < N; n++) {
                 float total = sum(sums[r][n]), *out = y + n * m.rows + r;
-                for (int64_t k = whole; k < m.columns; k++) total += get(rows[r] + k) * x[n * m.columns + k];
+                for (int64_t k = whole; k < m.columns; k++)
+                    total = fused(get(rows[r] + k), x[n * m.columns + k], total);
                 *out = total + (add ? *out : 0);
             }
     }
@@ -310,7 +329,7 @@ struct Rounded {
     std::vector<int16_t> numbers;
     std::vector<float> scales, totals;  // of each group: the scale, and the sum of the numbers
 
-    Rounded(const float* x, int64_t size) : numbers(size), scales(size / GROUP + 8), totals(size / GROUP + 8) {
+    Rounded(const float* x, int64_t size) : numbers(size), scales(size / GROUP), totals(size / GROUP) {
         for (int64_t g = 0; g < size / GROUP; g++) {
             scales[g] = round_part(x + g * GROUP, GROUP, 32767, &numbers[g * GROUP]);
             int total = 0;
@@ -340,7 +359,7 @@ struct Integer {
                     Floats of = eight(&x.scales[at], count);
                     if (Kind::OFFSET) {
                         of *= eight(scales + r * groups + start, count);
-                        offsets[r][n] += of * eight(&x.totals[at], count);
+                        offsets[r][n] = fused(of, eight(&x.totals[at], count), offsets[r][n]);
                     }
                     *(FloatsAt*)scale[r][n] = of;
                 }
@@ -359,7 +378,8 @@ struct Integer {
                     if (R > 1) hold(lower), hold(upper);
                     for (int r = 0; r < R; r++) {
                         Ints products = pairs(w[r][0], lower) + pairs(w[r][1], upper);
-                        parts[r][n] += __builtin_convertvector(products, Floats) * scale[r][n][i];
+                        parts[r][n] = fused(__builtin_convertvector(products, Floats), scale[r][n][i] - Floats{},
+                                            parts[r][n]);
                     }
                 }
             }
@@ -368,11 +388,11 @@ struct Integer {
         };
         int64_t start = 0;
         for (; start + 8 <= groups; start += 8) some(start, 8);
-        some(start, int(groups - start));
+        if (start < groups) some(start, int(groups - start));
         for (int r = 0; r < R; r++)
             for (int n = 0; n < N; n++) {
                 float total = sum(sums[r][n] - Kind::OFFSET * offsets[r][n]), *out = y + n * m.rows + r;
-                *out = total * (Kind::OFFSET ? 1 : ((const float*)m.scale)[row + r]) + (add ? *out : 0);
+                *out = fused(total, Kind::OFFSET ? 1 : ((const float*)m.scale)[row + r], add ? *out : 0);
             }
     }
 };
@@ -398,8 +418,8 @@ void odd_multiply(const Matrix& m, const float* x, float* y, int64_t n, bool add
 // cache holds.
 const int SPAN = 256, PANELS = 16;
 
-// out (words, R) = in (R, words), for R of up to 8 rows, which are SPAN numbers apart in `in`; columns are `apart` words
-// apart in `out`.
+// out (words, rows) = in (rows, words): rows are SPAN numbers apart in `in`, columns `apart` words in `out`. A word is
+// a float or two integers. Eight rows are turned by vectors.
 template <class Number>
 void turn(const Number* in, int64_t rows, int64_t words, Number* out, int64_t apart) {
     const int64_t each = 4 / sizeof(Number);
@@ -424,6 +444,7 @@ void turn(const Number* in, int64_t rows, int64_t words, Number* out, int64_t ap
 
 // Integers of x and of the matrix: their products over a span are added in 32 bits.
 const int INT8_INPUT = 32767, INT4_INPUT = 4095, INT4_WEIGHT = 2048;
+static_assert(int64_t(SPAN) * INT8_INPUT * 128 <= INT32_MAX && int64_t(SPAN) * INT4_INPUT * INT4_WEIGHT <= INT32_MAX);
 
 // numbers (size,) = x, rounded if they are integers; returns their scale.
 template <class Activation>
@@ -468,7 +489,7 @@ float widen_part(const Matrix& m, int64_t row, int64_t first, int64_t size, int1
             memcpy(out + g * GROUP + half * 16, &part, sizeof part);
         }
     }
-    return largest * 32768 / 32767 * 8 / INT4_WEIGHT + check;
+    return largest * (32768.f / 32767 * 8 / INT4_WEIGHT) + check;
 }
 
 // One step of a sum over columns: a number of x (of integers two) is multiplied by those of all rows of a vector.
@@ -477,7 +498,7 @@ struct FloatStep {
     typedef Vector Sum;
     static const int NUMBERS = 1, ROWS = WIDTH;
     static Vector broadcast(const float* x) { return *x - Vector{}; }
-    static void add(Sum& sum, const float* w, Vector x) { sum += load(w) * x; }
+    static void add(Sum& sum, const float* w, Vector x) { sum = fused(load(w), x, sum); }
     static VectorAt floats(Sum sum) { return sum; }
 };
 
@@ -535,19 +556,19 @@ struct PanelProduct {
     void read(const Activation* in) const {
         #pragma omp for schedule(static)
         for (int64_t i = 0; i < Share::count(n) * spans; i++) {
-            alignas(64) Number numbers[TILE * SPAN] = {};  // where the number of columns is odd, the last pair has one
+            alignas(64) Number numbers[TILE * SPAN] = {};  // the last pair of an odd number has a zero
             Share tile(i / spans, n);
             int64_t span = i % spans, item = span * n + tile.first;
             for (int64_t row = 0; row < tile.rows; row++)
-                x_scales[item + row] = widen_input(in + (tile.first + row) * m.columns + span * SPAN, size(span), m.kind,
-                                                   numbers + row * SPAN);
+                x_scales[item + row] = widen_input(in + (tile.first + row) * m.columns + span * SPAN, size(span),
+                                                   m.kind, numbers + row * SPAN);
             turn(numbers, tile.rows, words(span), x + item * SPAN, tile.rows);
         }
     }
 
     // w (SPAN / NUMBERS, PANEL, NUMBERS) = rows of the matrix from `row` on; zeros after the last
     void widen_panel(int64_t row, int64_t span, Number* w, float* scales) const {
-        alignas(64) Number numbers[8 * SPAN];
+        alignas(64) Number numbers[8 * SPAN];  // beside the columns anything: x has zeros there
         for (int64_t first = 0; first < PANEL; first += 8) {
             for (int64_t r = 0; r < 8; r++) {
                 Number* out = numbers + r * SPAN;
