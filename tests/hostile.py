@@ -7,6 +7,7 @@ import os
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,7 @@ def _edited(folder: Path, name: str, **values: Any) -> None:
 def _field_cases() -> Iterator[tuple[str, Case]]:
     values = ("3", "x", float("nan"), float("inf"), 10**400, -1, 2**31, 2**62, 10**12, [], [[1]], {}, {"a": 1}, True,
               None, 0, 1.5, "a" * 10**6, [1] * 10**5)  # fmt: skip
+    shown = [(value, str(value)[:20]) for value in values]
     labels = ("id2label", "rope_parameters", "model_type", "num_key_value_heads", "architectures", "torch_dtype")
     fields = {
         "config.json": [*OpenLlamaConfig.field_names(), *labels],
@@ -143,12 +145,12 @@ def _field_cases() -> Iterator[tuple[str, Case]]:
     }
     for name, keys in fields.items():
         for key in keys:
-            for value in values:
-                yield (f"{name}: {key} is {str(value)[:20]}",
+            for value, text in shown:
+                yield (f"{name}: {key} is {text}",
                        lambda f, n=name, k=key, v=value: _edited(f, n, **{k: v}))  # fmt: skip
     for key in set(labels) - {"model_type"}:
-        for value in values:
-            yield (f"config.json of llama: {key} is {str(value)[:20]}",
+        for value, text in shown:
+            yield (f"config.json of llama: {key} is {text}",
                    lambda f, k=key, v=value: _edited(f, "config.json", model_type="llama", **{k: v}))  # fmt: skip
     for layers in (10**5, 10**6, 10**12):
         yield f"{layers} layers", lambda f, n=layers: _edited(f, "config.json", num_hidden_layers=n)
@@ -256,8 +258,9 @@ def _found_by_index(case: Case) -> Case:
     return moved
 
 
+@cache
 def corpus() -> dict[str, Case]:
-    """All cases by name."""
+    """All cases by name; not to be changed."""
     cases = dict(_json_cases()) | dict(_field_cases()) | dict(_pickle_cases()) | dict(_safetensors_cases())
     for name in (*JSON_FILES, "tokenizer.model", "model.safetensors"):
         for what, make in _kinds_of_no_file().items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,13 @@ from tests.attacks import attacks, good_folder
 from tests.hostile import corpus
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs pipes, files with holes and /proc")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _room() -> Iterator[None]:
+    """The corpus takes 120 MB, which no later test needs."""
+    yield
+    corpus.cache_clear()
 
 
 def found_wrong(names: list[str], folder: Path) -> dict[str, list[str]]:
