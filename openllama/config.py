@@ -457,7 +457,8 @@ class OpenLlamaConfig(Settings):
             raise ConfigError(f"{', '.join(unknown)}: not a field of OpenLlamaConfig")
         fields = {k: v for k, v in values.items() if k in known}
         extra = {k: v for k, v in values.items() if k not in known}
-        for key in list(extra)[:100]:
+        longest = max(map(len, known))
+        for key in [key for key in extra if len(key) <= 2 * longest][:100]:
             if similar := [name for name in get_close_matches(key, known, 1, 0.85) if name not in fields]:
                 warn(f"{key} is not a field of the configuration, and {similar[0]} has its default: is it misspelt?")
         return cls(**{**fields, **overrides}, extra=extra)
