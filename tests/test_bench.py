@@ -396,15 +396,15 @@ def test_training_steps_and_long_prompts_are_compared_at_any_shape(run, tmp_path
     assert "Training steps: 8 tokens in bfloat16, shape small; beside transformers, shape small." in printed
 
 
-def test_goals_of_training_and_memory_compare_with_transformers_and_with_half_the_prompt():
+def test_goals_of_training_and_memory_compare_with_transformers_and_with_a_shorter_prompt():
     step = {"training step beside transformers": 2.0, "training step of transformers": 3.0}
     others = {name: {"seconds": report.summary([seconds])} for name, seconds in step.items()}
     memory = {"training step": {"bytes": 4, "tokens": 8}, "training step of transformers": {"bytes": 8, "tokens": 8}}
-    memory |= {f"prompt of {n} tokens": {"bytes": 3 * n * n, "tokens": n} for n in (1, 2, 4)}
+    memory |= {f"prompt of {n} tokens": {"bytes": 3 * n * n, "tokens": n} for n in (1, 2, 4, 8)}
     results = {"rows": [], "others": others, "memory": memory}
     assert reached(results, "training step: speed") == (1.5, "research")
     assert reached(results, "training step of many tokens") == (0.5, "must")
-    assert reached(results, "prompt twice as long") == (4.0, "no")
+    assert reached(results, "prompt 4 times as long") == (16.0, "no")
 
 
 def test_each_phase_has_a_context_of_its_own_and_several_rows_a_short_one(run):
