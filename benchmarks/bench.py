@@ -40,14 +40,13 @@ from suite.models import SHAPES, Files
 from suite.plots import draw_bars, draw_roofline
 from suite.report import MEASURED, Work, limits, machine, other, row, text
 from suite.rows import FAST as FAST_STEP
-from suite.rows import PLAIN, THEIRS
+from suite.rows import PLAIN, PRODUCTS_KEPT, THEIRS
 from suite.training import Steps, missing
 from suite.turns import LIMIT, PATIENCE, Worker
 
 from openllama.checkpoint.folders import write_whole
 from openllama.products import bfloat16_is_slow
 
-RECOMPUTED = "model.loss, products kept"
 GENERATING = {"plain": {}, "int4 assistant": {"assistant": "int4"}, "prompt lookup": {"lookup": 5}}
 PHASES = (PREFILL, DECODE, SHORT, LONG, BATCH, "generate", "start", "training", "memory")
 
@@ -273,8 +272,8 @@ class Run:
         """Memory of a training step of many tokens, and of long prompts."""
         tokens = 4 * self.options.context
         steps = self.steps(tokens, "float32" if bfloat16_is_slow() else "bfloat16")
-        answers = steps.memory([*self.theirs(self.memory), PLAIN, RECOMPUTED])
-        names = {THEIRS[0]: STEP_THEIRS, PLAIN: STEP, RECOMPUTED: f"{STEP}, products kept"}
+        answers = steps.memory([*self.theirs(self.memory), PLAIN, PRODUCTS_KEPT])
+        names = {THEIRS[0]: STEP_THEIRS, PLAIN: STEP, PRODUCTS_KEPT: f"{STEP}, products kept"}
         self.memory |= {names[row]: {"tokens": tokens, "dtype": steps.dtype, **of} for row, [of] in answers.items()}
         self.memory |= training.prompts(steps, [size * self.options.context for size in (4, 8, 16, 32)])
 

@@ -396,6 +396,18 @@ def test_training_steps_and_long_prompts_are_compared_at_any_shape(run, tmp_path
     assert "Training steps: 8 tokens in bfloat16, shape small; beside transformers, shape small." in printed
 
 
+def test_a_limit_that_fails_is_the_error_of_the_products_and_the_steps_remain(run, monkeypatch):
+    monkeypatch.setattr(bench.training, "Worker", Said)
+    monkeypatch.setattr(bench.training, "limit_worker", lambda shape, threads, patience: Machine([]))
+    started = run("--phases", "training", limit={"error": "E: none"}, step={"seconds": [2.0], "forward": 1, "loss": 1})
+    monkeypatch.setattr(started, "theirs", lambda table: ["transformers"])
+    started.measure()
+    others = started.results()["others"]
+    assert others["training step, its products alone"] == {"error": "E: none"}
+    assert reached(started.results(), "training step: share of the limit") == (None, "not measured")
+    assert reached(started.results(), "training step: speed beside transformers") == (1, "no")
+
+
 def test_goals_of_training_and_memory_compare_with_transformers_and_with_a_shorter_prompt():
     step = {"training step beside transformers": 2.0, "training step of transformers": 3.0}
     others = {name: {"seconds": report.summary([seconds])} for name, seconds in step.items()}

@@ -193,7 +193,7 @@ def _others(results: Mapping[str, Any]) -> list[str]:
 
 def _memory(results: Mapping[str, Any]) -> list[str]:
     """Memory of steps and prompts, and what the training steps above were."""
-    lines = ["| memory | tokens | type | MB |", "| --- | ---: | --- | ---: |"]
+    lines = ["| memory; of steps less parameters and gradients | tokens | type | MB |", "| --- | ---: | --- | ---: |"]
     for name, of in results["memory"].items():
         size = f"{of['bytes'] / 1e6:.0f}" if "bytes" in of else of["error"]
         lines.append(f"| {name} | {of.get('tokens', '-')} | {of.get('dtype', '-')} | {size} |")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
-from rows import DTYPES, FAST, ROWS, THEIRS  # beside this file, as the next
+from rows import DTYPES, FAST, PRODUCTS_KEPT, RECOMPUTED, ROWS, THEIRS  # beside this file, as the next
 from serving import Command, peak_of, resident, seconds, serve
 
 
@@ -90,9 +90,9 @@ def build_ours(shape: dict[str, int], row: str) -> tuple[Any, Callable[[Any], An
     model = openllama.OpenLlamaForCausalLM(config)
     version = f"openllama {openllama.__version__}"
     draw(model.model.embedding.tokens, *linears(model.model.layers, "attention"))
-    if row == "model.loss, products kept":
+    if row == PRODUCTS_KEPT:
         model.gradient_checkpointing_enable({"context_fn": keep_products})
-    elif row == "model.loss, layers recomputed":
+    elif row == RECOMPUTED:
         model.gradient_checkpointing_enable()
     if row == "all logits":
         return model, lambda ids: model(ids, labels=ids, use_cache=False).loss, version

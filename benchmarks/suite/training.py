@@ -47,12 +47,12 @@ class Steps:
         try:
             ready = {row: worker for row, worker in workers.items() if "error" not in worker.facts}
             answers = take_turns(ready, limit, repeats, "step")
-            rates = [limit_rates(self.shape, answer["seconds"])["bf16"] for answer in answers.pop(LIMIT)]
+            products = [self._products(answer) for answer in answers.pop(LIMIT)]
         finally:
             for worker in (*workers.values(), limit):
                 worker.close()
         failed = {row: [worker.facts] for row, worker in workers.items() if row not in answers}
-        return _agreeing(answers | failed), [{"seconds": [self.operations / rate]} for rate in rates]
+        return _agreeing(answers | failed), products
 
     def memory(self, rows: Sequence[str]) -> dict[str, list[Answer]]:
         """The memory of each row, in a process of its own."""
@@ -62,6 +62,11 @@ class Steps:
             answers[row] = [worker.facts if "error" in worker.facts else worker.ask("memory")]
             worker.close()
         return _agreeing(answers)
+
+    def _products(self, limit: Answer) -> Answer:
+        if "error" in limit:
+            return limit
+        return {"seconds": [self.operations / limit_rates(self.shape, limit["seconds"])["bf16"]]}
 
     def _worker(self, row: str) -> Worker:
         name = row.removesuffix(KEPT)
