@@ -17,7 +17,6 @@ import json
 import os
 import sys
 import tempfile
-import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from suite.bars import (
 )
 from suite.engines import ENGINES, FAST, PACKAGES, Engine, interpreter, problem
 from suite.models import SHAPES, Files
+from suite.options import check
 from suite.plots import draw_bars, draw_roofline
 from suite.report import MEASURED, Work, limits, machine, other, row, text
 from suite.rows import FAST as FAST_STEP
@@ -84,8 +84,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="turns that count (default: %(default)s)")
     parser.add_argument(
         "--context", type=int, default=512,
-        help="tokens of the prompt; short contexts and those of several rows are a quarter, long ones 4 times as long "
-        "(default: %(default)s)",
+        help="tokens of the prompt; short contexts and those of several rows are a quarter, long ones 4 times as long; "
+        "training steps a half, in the phase memory 4 times, prompts there 4 to 32 times (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--tokens", type=int, default=8, help="tokens of a turn of decoding (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="rows of the phase with several (default: %(default)s)")
@@ -104,19 +104,12 @@ def parsed() -> argparse.Namespace:
         if name not in PACKAGES or not Path(python).is_file():
             parser.error(f"--peer-python {given}: it is NAME=PYTHON, with a name of {', '.join(PACKAGES)} and a file")
         options.peers[name] = Path(python)
-    for name in ("threads", "repeats", "context", "tokens", "batch"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
-    if not 0 < options.patience <= threading.TIMEOUT_MAX:
-        parser.error(f"--patience must be a number of seconds, got {options.patience}")
+    check(parser, options, ("threads", "repeats", "context", "tokens", "batch"))
     options.chosen = [
         of for name, of in ENGINES.items() if not options.engines or any(map(name.count, options.engines))
     ]
     if not options.chosen:
         parser.error(f"--engines {options.engines}: there are {', '.join(ENGINES)}")
-    for path in filter(None, (options.json, options.plot, options.roofline)):
-        if not path.absolute().parent.is_dir():
-            parser.error(f"{path} cannot be written: there is no folder {path.absolute().parent}")
     if (options.plot or options.roofline) and importlib.util.find_spec("matplotlib") is None:
         parser.error('pictures need matplotlib: pip install "openllama[plot]"')
     return options
@@ -274,7 +267,8 @@ class Run:
         steps = self.steps(tokens, "float32" if bfloat16_is_slow() else "bfloat16")
         answers = steps.memory([*self.theirs(self.memory), PLAIN, PRODUCTS_KEPT])
         names = {THEIRS[0]: STEP_THEIRS, PLAIN: STEP, PRODUCTS_KEPT: f"{STEP}, products kept"}
-        self.memory |= {names[row]: {"tokens": tokens, "dtype": steps.dtype, **of} for row, [of] in answers.items()}
+        facts = {"tokens": tokens, "dtype": steps.dtype, "shape": steps.shape.name}
+        self.memory |= {names[row]: {**facts, **of} for row, [of] in answers.items()}
         self.memory |= training.prompts(steps, [size * self.options.context for size in (4, 8, 16, 32)])
 
     def steps(self, tokens: int, dtype: str = "bfloat16") -> Steps:

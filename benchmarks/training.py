@@ -21,12 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from suite.models import SHAPES, Shape
+from suite.options import check
 from suite.report import summary
 from suite.rows import DTYPES, FAST, PLAIN, ROWS, THEIRS
 from suite.training import KEPT, NAMES, Steps, missing
 from suite.turns import PATIENCE
 
 from openllama import OpenLlamaConfig
+from openllama.checkpoint.folders import write_whole
+from openllama.errors import ConfigError
 
 MIB = 2**20
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -37,15 +40,18 @@ def main() -> int:
     if any(row in THEIRS for row in options.rows) and (problem := missing(options.peer_python)):
         print(f"training.py: --peer-python {problem}", file=sys.stderr)
         return 1
-    shape = Shape("given", OpenLlamaConfig(**{name: getattr(options, name) for name in NAMES}))
-    tokens = options.tokens or (2048 if options.memory else 256)
-    steps = Steps(shape, tokens, options.dtype, options.threads, options.patience, options.peer_python)
+    tokens = options.tokens
+    steps = Steps(options.shape, tokens, options.dtype, options.threads, options.patience, options.peer_python)
     rows = [*options.rows, *(row + KEPT for row in options.rows if options.keep_memory)]
     given = {name: getattr(options, name) for name in (*NAMES, "dtype", "threads")} | {"tokens": tokens}
-    if options.memory:
-        answers = steps.memory(rows)
-    else:
-        answers, products = steps.times(rows, options.repeats)
+    try:
+        if options.memory:
+            answers = steps.memory(rows)
+        else:
+            answers, products = steps.times(rows, options.repeats)
+    except KeyboardInterrupt:
+        print("interrupted: nothing is written", file=sys.stderr)
+        return 130
     errors = {row: of[0]["error"] for row, of in answers.items() if "error" in of[0]}
     found = {row: of for row, of in answers.items() if row not in errors}
     result = {"shape": given, "errors": errors}
@@ -53,9 +59,11 @@ def main() -> int:
         result |= {"rows": memories(found)}
     else:
         result |= {"rows": times(found, products), "limit": limit(products)}
+        if failed := [answer["error"] for answer in products if "error" in answer]:
+            errors["products alone"] = failed[0]
     print(memory_table(result) if options.memory else time_table(result))
     if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_whole(options.json, json.dumps(result, indent=2) + "\n")
     for row, error in errors.items():
         print(f"training.py: {row}: {error}", file=sys.stderr)
     return 1 if errors else 0
@@ -77,19 +85,29 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds for a step (default: %(default)g)")
     parser.add_argument("--json", type=Path, help="write the result to this file, too")
     options = parser.parse_args()
+    if options.tokens is None:
+        options.tokens = 2048 if options.memory else 256
+    check(parser, options, ("tokens", "threads", "repeats"))
+    try:
+        options.shape = Shape("given", OpenLlamaConfig(**{name: getattr(options, name) for name in NAMES}))
+    except ConfigError as error:
+        parser.error(str(error))
     options.rows = options.rows or (ROWS if options.memory else (THEIRS[0], PLAIN, FAST))
     if not options.peer_python and any(row in THEIRS for row in options.rows):
         parser.error("--peer-python is needed: the interpreter of a virtual environment with transformers 5")
     return options
 
 
-def limit(products: Sequence[Mapping[str, Any]]) -> float:
-    """Seconds of the products alone."""
+def limit(products: Sequence[Mapping[str, Any]]) -> float | None:
+    """Seconds of the products alone; None where they could not be measured."""
+    if any("error" in answer for answer in products):
+        return None
     return summary(answer["seconds"][0] for answer in products)["median"]
 
 
 def times(answers: Rows, products: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     rows: dict[str, Any] = {}
+    least = limit(products)
     for row, of in answers.items():
         taken = summary(answer["seconds"][0] for answer in of)
         first = next(iter(rows.values()), {}).get("seconds", taken)
@@ -97,22 +115,24 @@ def times(answers: Rows, products: Sequence[Mapping[str, Any]]) -> dict[str, Any
             "seconds": taken,
             "forward": summary(answer["forward"] for answer in of)["median"],
             "times_the_first": first["median"] / taken["median"],
-            "of_the_limit": limit(products) / taken["median"],
+            "of_the_limit": None if least is None else least / taken["median"],
             "loss": of[0]["loss"],
         }
     return rows
 
 
 def time_table(result: Mapping[str, Any]) -> str:
+    alone = "not measured" if result["limit"] is None else f"{result['limit']:.3g} s"
     lines = [
-        f"{_shape(result)}; products alone: {result['limit']:.3g} s", "",
+        f"{_shape(result)}; products alone: {alone}", "",
         "| forward and backward | seconds | lowest - highest | of it forward | times the first | of the limit |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]  # fmt: skip
     for name, row in result["rows"].items():
+        share = "-" if row["of_the_limit"] is None else f"{row['of_the_limit']:.0%}"
         lines.append(
             "| {} | {median:.3g} | {min:.3g} - {max:.3g} | ".format(name, **row["seconds"])
-            + f"{row['forward']:.3g} | {row['times_the_first']:.2f} | {row['of_the_limit']:.0%} |"
+            + f"{row['forward']:.3g} | {row['times_the_first']:.2f} | {share} |"
         )
     return "\n".join(lines)
 

@@ -392,7 +392,7 @@ def test_training_steps_and_long_prompts_are_compared_at_any_shape(run, tmp_path
     assert reached(results, "training step: share of the limit")[0] > 0
     assert reached(results, "training step: speed beside transformers")[1] == "not measured"
     printed = report.text(results)
-    assert "| prompt of 512 tokens | 512 | bfloat16 |" in printed
+    assert "| prompt of 512 tokens | 512 | bfloat16 | small, two layers |" in printed
     assert "Training steps: 8 tokens in bfloat16, shape small; beside transformers, shape small." in printed
 
 

@@ -10,8 +10,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.suite import training as training_suite
+from benchmarks.suite.models import SHAPES
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+from benchmarks import training as training_script  # noqa: E402
+
 SMALL = {
     "vocab-size": 300,
     "hidden-size": 32,
@@ -74,3 +78,55 @@ def test_the_comparison_with_transformers_asks_for_its_interpreter(tmp_path: Pat
     missing = training("--peer-python", str(tmp_path / "python"))
     assert missing.returncode == 1
     assert "no such file" in missing.stderr
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("--tokens=0", "--tokens must be at least 1, got 0"),
+        ("--repeats=-1", "--repeats must be at least 1, got -1"),
+        ("--threads=0", "--threads must be at least 1, got 0"),
+        ("--patience=0", "--patience must be a number of seconds, got 0.0"),
+        ("--num-attention-heads=3", "hidden_size 32 is not divisible by num_attention_heads 3"),
+        ("--json=missing/result.json", "there is no folder"),
+        ("--json=benchmarks", "it is a folder"),
+    ],
+)
+def test_a_wrong_option_of_a_training_step_is_one_line_before_any_work(wrong: str, said: str) -> None:
+    done = training("--rows", "model.loss", wrong)
+    assert done.returncode == 2
+    assert said in done.stderr.splitlines()[-1]
+
+
+def test_an_interpreter_that_cannot_be_run_is_said_to_be_so(tmp_path: Path) -> None:
+    file = tmp_path / "python"
+    file.touch()
+    assert training_suite.missing(file) == f"{file} cannot be run: Permission denied"
+
+
+def test_prompts_have_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Process:
+        def __init__(self, *_: object, **__: object) -> None:
+            self.facts: dict[str, object] = {}
+            self.asked = 0
+
+        def ask(self, operation: str, tokens: int) -> dict[str, int]:
+            self.asked += 1
+            return {"bytes": tokens if self.asked == 1 else 0}  # what a second one takes is there already
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(training_suite, "Worker", Process)
+    found = training_suite.prompts(training_suite.Steps(SHAPES["small"], 1, "bfloat16", 1, 1.0), [8, 32])
+    assert [of["bytes"] for of in found.values()] == [8, 32]
+
+
+def test_steps_are_reported_where_the_products_alone_failed() -> None:
+    answers = {"model.loss": [{"seconds": [2.0], "forward": 1.0, "loss": 1.0}]}
+    products = [{"error": "E: none"}]
+    rows = training_script.times(answers, products)
+    assert rows["model.loss"]["of_the_limit"] is None
+    result = {"shape": SMALL, "rows": rows, "limit": training_script.limit(products)}
+    assert "products alone: not measured" in training_script.time_table(result)
+    assert "| model.loss | 2 | 2 - 2 | 1 | 1.00 | - |" in training_script.time_table(result)

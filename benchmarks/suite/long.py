@@ -1,4 +1,4 @@
-"""A process that computes long prompts by the fast model, and says what memory each took.
+"""A process that computes a long prompt by the fast model, and says what memory it took.
 
     python long.py --shape JSON --tokens T --threads N
 

@@ -193,10 +193,12 @@ def _others(results: Mapping[str, Any]) -> list[str]:
 
 def _memory(results: Mapping[str, Any]) -> list[str]:
     """Memory of steps and prompts, and what the training steps above were."""
-    lines = ["| memory; of steps less parameters and gradients | tokens | type | MB |", "| --- | ---: | --- | ---: |"]
+    lines = ["| memory; of steps less parameters and gradients | tokens | type | shape | MB |",
+             "| --- | ---: | --- | --- | ---: |"]  # fmt: skip
     for name, of in results["memory"].items():
         size = f"{of['bytes'] / 1e6:.0f}" if "bytes" in of else of["error"]
-        lines.append(f"| {name} | {of.get('tokens', '-')} | {of.get('dtype', '-')} | {size} |")
+        facts = " | ".join(str(of.get(fact, "-")) for fact in ("tokens", "dtype", "shape"))
+        lines.append(f"| {name} | {facts} | {size} |")
     if trained := results["trained"]:
         steps = "Training steps: {tokens} tokens in bfloat16, shape {shape}; beside transformers, shape {beside}."
         lines += ["", steps.format(**trained)]

@@ -81,18 +81,20 @@ class Steps:
 
 
 def prompts(of: Steps, lengths: Sequence[int]) -> dict[str, Answer]:
-    """Memory of prompts of these lengths, with two layers of the shape."""
+    """Memory of prompts of these lengths, with two layers of the shape.
+
+    Each has a process of its own: in one, a prompt would use again what the C library kept of the one before.
+    """
     shape = {name: getattr(of.shape.config, name) for name in NAMES} | {"num_hidden_layers": 2}
-    worker = Worker(
-        [sys.executable, HERE / "long.py", "--shape", json.dumps(shape), "--tokens", str(max(lengths)),
-         "--threads", str(of.threads)],
-        of.patience, PYTHONPATH=str(ROOT),
-    )  # fmt: skip
+    command = [sys.executable, HERE / "long.py", "--shape", json.dumps(shape), "--tokens", str(max(lengths)),
+               "--threads", str(of.threads)]  # fmt: skip
     found = {}
     for tokens in lengths:
+        worker = Worker(command, of.patience, PYTHONPATH=str(ROOT))
         answer = worker.facts if "error" in worker.facts else worker.ask("memory", tokens=tokens)
-        found[f"prompt of {tokens} tokens"] = {"tokens": tokens, "dtype": "bfloat16", **answer}
-    worker.close()
+        facts = {"tokens": tokens, "dtype": "bfloat16", "shape": f"{of.shape.name}, two layers"}
+        found[f"prompt of {tokens} tokens"] = {**facts, **answer}
+        worker.close()
     return found
 
 
@@ -109,7 +111,10 @@ def missing(peer: Path) -> str | None:
     if not peer.is_file():
         return f"{peer}: no such file"
     code = "import torch, transformers; print(torch.__version__, transformers.__version__)"
-    found = subprocess.run([peer, "-c", code], capture_output=True, text=True, check=False)
+    try:
+        found = subprocess.run([peer, "-c", code], capture_output=True, text=True, check=False)
+    except OSError as error:
+        return f"{peer} cannot be run: {error.strerror}"
     if found.returncode:
         said = found.stderr.strip().splitlines() or ["no message"]
         return f"{peer} lacks torch or transformers ({said[-1]}); install both"
