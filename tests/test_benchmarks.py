@@ -92,10 +92,15 @@ def test_the_comparison_with_transformers_asks_for_its_interpreter(tmp_path: Pat
         ("--json=benchmarks", "it is a folder"),
     ],
 )
-def test_a_wrong_option_of_a_training_step_is_one_line_before_any_work(wrong: str, said: str) -> None:
-    done = training("--rows", "model.loss", wrong)
-    assert done.returncode == 2
-    assert said in done.stderr.splitlines()[-1]
+def test_a_wrong_option_of_a_training_step_is_one_line_before_any_work(
+    wrong: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    options = [f"--{name}={value}" for name, value in SMALL.items()]
+    monkeypatch.setattr(sys, "argv", ["training.py", *options, "--rows", "model.loss", wrong])
+    with pytest.raises(SystemExit, match="2"):
+        training_script.parsed()
+    assert said in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_an_interpreter_that_cannot_be_run_is_said_to_be_so(tmp_path: Path) -> None:
