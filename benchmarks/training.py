@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from suite.models import SHAPES, Shape
 from suite.options import check
 from suite.report import summary
@@ -54,6 +55,8 @@ def main() -> int:
         return 130
     errors = {row: of[0]["error"] for row, of in answers.items() if "error" in of[0]}
     found = {row: of for row, of in answers.items() if row not in errors}
+    versions = {answer["version"] for of in found.values() for answer in of}
+    given |= {"torch": torch.__version__, "of": " and ".join(sorted(versions))}
     result = {"shape": given, "errors": errors}
     if options.memory:
         result |= {"rows": memories(found)}
@@ -92,6 +95,8 @@ def parsed() -> argparse.Namespace:
         options.shape = Shape("given", OpenLlamaConfig(**{name: getattr(options, name) for name in NAMES}))
     except ConfigError as error:
         parser.error(str(error))
+    if options.memory and not Path("/proc/self/clear_refs").exists():
+        parser.error("peak memory is read from /proc, which this system does not have; run it on Linux")
     options.rows = options.rows or (ROWS if options.memory else (THEIRS[0], PLAIN, FAST))
     if not options.peer_python and any(row in THEIRS for row in options.rows):
         parser.error("--peer-python is needed: the interpreter of a virtual environment with transformers 5")

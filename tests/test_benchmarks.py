@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.suite import training as training_suite
-from benchmarks.suite.models import SHAPES
+from benchmarks.suite import turns
+from benchmarks.suite.models import SHAPES, Shape
+from openllama import OpenLlamaConfig, __version__
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
@@ -40,6 +43,7 @@ def test_a_training_step_is_timed_in_turns_and_compared_with_the_limit_of_its_pr
     assert done.returncode == 0, done.stderr
     result = json.loads(file.read_text())
     assert list(result["rows"]) == [*rows, *(f"{row}, memory kept" for row in rows)]
+    assert (result["shape"]["torch"], result["shape"]["of"]) == (torch.__version__, f"openllama {__version__}")
     first = result["rows"]["model.loss"]["seconds"]["median"]
     for name, row in result["rows"].items():
         assert name in done.stdout
@@ -49,6 +53,19 @@ def test_a_training_step_is_timed_in_turns_and_compared_with_the_limit_of_its_pr
         assert row["times_the_first"] == pytest.approx(first / taken["median"])
         assert row["of_the_limit"] == pytest.approx(result["limit"] / taken["median"])
         assert row["loss"] == pytest.approx(result["rows"]["model.loss"]["loss"], abs=0.02)
+
+
+def test_the_limit_is_the_operations_of_all_products_at_the_rate_of_a_large_one() -> None:
+    shape = Shape(
+        "given",
+        OpenLlamaConfig(
+            vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+        ),
+    )
+    steps = training_suite.Steps(shape, 16, "bfloat16", 1, 1.0)
+    assert steps.operations == 6 * 16 * (4 * 32 * 32 + 3 * 32 * 64 + 300 * 32)
+    rate = turns.limit_rates(shape, {"bf16": 0.5})["bf16"]
+    assert steps._products({"seconds": {"bf16": 0.5}}) == {"seconds": [pytest.approx(steps.operations / rate)]}
 
 
 def test_the_memory_of_a_step_is_its_peak_less_parameters_and_gradients(tmp_path: Path) -> None:

@@ -37,14 +37,14 @@ def main() -> None:
             raise RuntimeError(f"decoding is not fast: {model.reason}")
         model.generate(torch.ones(1, 64, dtype=torch.long), max_new_tokens=1)  # sets up threads and kernels
 
-        def memory(tokens: int) -> dict[str, Any]:
+        def peak(tokens: int) -> dict[str, Any]:
             """Bytes by which the process grew at the most, from a prompt to its first token."""
             ids = torch.randint(options.shape["vocab_size"], (1, tokens), generator=torch.Generator().manual_seed(0))
             before = resident()
-            peak = peak_of(lambda: model.generate(ids, max_new_tokens=1, do_sample=False))
-            return {"bytes": peak - before}
+            most = peak_of(lambda: model.generate(ids, max_new_tokens=1, do_sample=False))
+            return {"bytes": most - before}
 
-        return {"memory": memory}, {"version": openllama.__version__}
+        return {"peak": peak}, {"version": openllama.__version__}
 
     serve(load)
 

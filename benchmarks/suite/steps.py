@@ -36,8 +36,8 @@ def main() -> None:
         build = build_peer if options.row in THEIRS else build_ours
         model, loss_of, version = build({**options.shape, "max_position_embeddings": options.tokens}, options.row)
         model.train()
-        steps = Steps(model, loss_of, options.shape["vocab_size"], options.tokens)
-        return {"step": steps.step, "memory": steps.memory}, {"version": version, "torch": torch.__version__}
+        steps = Steps(model, loss_of, version, options.shape["vocab_size"], options.tokens)
+        return {"step": steps.step, "peak": steps.peak}, {"version": version, "torch": torch.__version__}
 
     serve(load)
 
@@ -45,10 +45,10 @@ def main() -> None:
 class Steps:
     """The commands of a model."""
 
-    def __init__(self, model: Any, loss_of: Callable[[Any], Any], vocabulary: int, tokens: int) -> None:
+    def __init__(self, model: Any, loss_of: Callable[[Any], Any], version: str, vocabulary: int, tokens: int) -> None:
         import torch
 
-        self.model, self.loss_of = model, loss_of
+        self.model, self.loss_of, self.version = model, loss_of, version
         self.ids = torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(1))
 
     def step(self) -> dict[str, Any]:
@@ -62,9 +62,9 @@ class Steps:
         first = seconds(forward)
         whole = first + seconds(loss.backward)
         self.model.zero_grad(set_to_none=True)  # as an optimizer's loop does; here others need the memory
-        return {"seconds": [whole], "forward": first, "loss": loss.item()}
+        return {"seconds": [whole], "forward": first, "loss": loss.item(), "version": self.version}
 
-    def memory(self) -> dict[str, Any]:
+    def peak(self) -> dict[str, Any]:
         """Bytes of a step: of the process before it, at its peak, and of that less parameters and gradients."""
         self.loss_of(self.ids[:, :8]).backward()  # sets up threads and kernels before the measurement
         self.model.zero_grad(set_to_none=True)
@@ -78,7 +78,7 @@ class Steps:
         peak = peak_of(step)
         numbers = [(p.nbytes, p.grad.nbytes) for p in self.model.parameters()]
         rest = peak - sum(map(sum, numbers))
-        return {"before": before, "peak": peak, "bytes": rest, "loss": losses[0].item()}
+        return {"before": before, "peak": peak, "bytes": rest, "loss": losses[0].item(), "version": self.version}
 
 
 def build_ours(shape: dict[str, int], row: str) -> tuple[Any, Callable[[Any], Any], str]:

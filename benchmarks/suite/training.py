@@ -19,7 +19,7 @@ from .turns import HERE, LIMIT, Worker, limit_rates, limit_worker, take_turns
 
 Answer = dict[str, Any]
 TOLERANCE = 0.02  # of the losses, which are about ln(vocab_size); half precision rounds LayerNorm(E)
-KEPT = ", memory kept"  # a row with it has
+KEPT = ", memory kept"  # a row whose name ends so has the environment of the next line
 KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}  # glibc gives nothing back
 NAMES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
@@ -58,9 +58,7 @@ class Steps:
         """The memory of each row, in a process of its own."""
         answers = {}
         for row in rows:
-            worker = self._worker(row)
-            answers[row] = [worker.facts if "error" in worker.facts else worker.ask("memory")]
-            worker.close()
+            answers[row] = [_peak(self._worker(row))]
         return _agreeing(answers)
 
     def _products(self, limit: Answer) -> Answer:
@@ -90,12 +88,17 @@ def prompts(of: Steps, lengths: Sequence[int]) -> dict[str, Answer]:
                "--threads", str(of.threads)]  # fmt: skip
     found = {}
     for tokens in lengths:
-        worker = Worker(command, of.patience, PYTHONPATH=str(ROOT))
-        answer = worker.facts if "error" in worker.facts else worker.ask("memory", tokens=tokens)
+        answer = _peak(Worker(command, of.patience, PYTHONPATH=str(ROOT)), tokens=tokens)
         facts = {"tokens": tokens, "dtype": "bfloat16", "shape": f"{of.shape.name}, two layers"}
         found[f"prompt of {tokens} tokens"] = {**facts, **answer}
-        worker.close()
     return found
+
+
+def _peak(worker: Worker, **arguments: int) -> Answer:
+    """The one answer of a process, which ends then."""
+    answer = worker.facts if "error" in worker.facts else worker.ask("peak", **arguments)
+    worker.close()
+    return answer
 
 
 def _agreeing(answers: dict[str, list[Answer]]) -> dict[str, list[Answer]]:

@@ -45,8 +45,10 @@ def multiply(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor | None:
 
     Inputs are rounded to 15 bits and a sign, for int4 to 12; the numbers of int4, times their scales, to 11.
     """
+    if x.dtype not in KINDS:
+        return None
     x = x.contiguous()
-    loops = _loops_for(x, weight, scale) if x.dtype in KINDS else None
+    loops = _loops_for(x, weight, scale)
     if loops is None:
         return None
     return _many(loops, x, _matrix(weight, scale, x.shape[1]))
