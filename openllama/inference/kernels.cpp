@@ -201,65 +201,80 @@ void restore(const Matrix& m, Number* out) {
 const int TILE = 6;   // how many rows of x are multiplied at a time, at most
 const int ROWS = 12;  // of the matrix: a multiple of how many are multiplied at a time
 
-// The rows of x in tile number t, when n are shared out as evenly as can be: 8 are 4 and 4.
+// The rows of x in one of the tiles that share out n as evenly as can be: 8 are 4 and 4.
 struct Share {
-    int64_t first, rows;
+    int64_t tile, tiles, first, rows;
     static int64_t count(int64_t n) { return (n + TILE - 1) / TILE; }
-    Share(int64_t t, int64_t n) : first(t * n / count(n)), rows((t + 1) * n / count(n) - first) {}
+    static int64_t most(int64_t n) { return (n + count(n) - 1) / count(n); }
+    Share(int64_t tile, int64_t n)
+        : tile(tile), tiles(count(n)), first(tile * n / tiles), rows((tile + 1) * n / tiles - first) {}
 };
 
-// y[n][row] = x[n] . m[row] for N rows of x from `first` on and `count` of the matrix, as many at a time as the kernel
-// takes. Its `tile` computes R of them; rows of y are `m.rows` apart.
-template <class Kernel, int N>
-void tiles_of(const Matrix& m, int64_t row, int64_t count, const typename Kernel::Input& x, int64_t first, float* y,
+// y[n][row] = x[n] . m[row] for N rows of x and `count` of the matrix from `row` on. The kernel's `tile` computes R of
+// them at a time; rows of y are `m.rows` apart.
+template <class Kernel, int R, int N>
+void tiles_of(const Matrix& m, int64_t row, int64_t count, const typename Kernel::Input& x, const Share& part, float* y,
               bool add) {
-    const int R = Kernel::rows(N);
     static_assert(ROWS % R == 0);
     int64_t last = row + count;
-    y += first * m.rows;
-    for (; row + R <= last; row += R) Kernel::template tile<R, N>(m, row, x, first, y + row, add);
-    for (; row < last; row++) Kernel::template tile<1, N>(m, row, x, first, y + row, add);
+    y += part.first * m.rows;
+    for (; row + R <= last; row += R) Kernel::template tile<R, N>(m, row, x, part, y + row, add);
+    for (; row < last; row++) Kernel::template tile<1, N>(m, row, x, part, y + row, add);
 }
 
+// For tiles of N rows: by as many rows of the matrix as they take; and in turn with tiles of N + 1, as many as those do.
+template <class Kernel, int N>
+const decltype(&tiles_of<Kernel, 1, 1>) TILES[] = {tiles_of<Kernel, Kernel::rows(N), N>,
+                                                   tiles_of<Kernel, Kernel::rows(N + Kernel::IN_TURN), N>};
+
+// Every tile of x reads all rows of the matrix. If the tiles take a few rows in turn, each can fetch a part of the next
+// rows, and the memory is read all the time.
 template <class Kernel>
 void multiply(const Matrix& m, const typename Kernel::Input& x, float* y, int64_t n, bool add) {
-    static const decltype(&tiles_of<Kernel, 1>) tiles[TILE] = {
-        tiles_of<Kernel, 1>, tiles_of<Kernel, 2>, tiles_of<Kernel, 3>,
-        tiles_of<Kernel, 4>, tiles_of<Kernel, 5>, tiles_of<Kernel, 6>};
+    static const decltype(&TILES<Kernel, 1>[0]) tiles[TILE] = {TILES<Kernel, 1>, TILES<Kernel, 2>, TILES<Kernel, 3>,
+                                                               TILES<Kernel, 4>, TILES<Kernel, 5>, TILES<Kernel, 6>};
+    int64_t count = Share::count(n), most = Share::most(n);
+    int64_t step = count > 1 && Kernel::IN_TURN ? Kernel::rows(most) : ROWS;
     // A processor that others use, too, does less.
     #pragma omp for schedule(guided, 2) nowait
-    for (int64_t row = 0; row < m.rows; row += ROWS)
-        for (int64_t t = 0; t < Share::count(n); t++) {
-            Share part(t, n);
-            tiles[part.rows - 1](m, row, std::min<int64_t>(ROWS, m.rows - row), x, part.first, y, add);
-        }
+    for (int64_t block = 0; block < m.rows; block += ROWS) {
+        int64_t last = std::min(block + ROWS, m.rows);
+        for (int64_t row = block; row < last; row += step)
+            for (int64_t tile = 0; tile < count; tile++) {
+                Share part(tile, n);
+                tiles[part.rows - 1][part.rows < most](m, row, std::min(step, last - row), x, part, y, add);
+            }
+    }
 }
 
 // Sums as vectors over columns, in the longest vectors there are.
 template <class Number>
 struct Plain {
+    static const bool IN_TURN = true;
     typedef const float* Input;
     static constexpr int rows(int n) {  // their sums, their numbers and one of x are in registers
         return std::min(4, (REGISTERS - 1) / (n + 1));
     }
 
     template <int R, int N>
-    static void tile(const Matrix& m, int64_t row, const float* x, int64_t first, float* y, bool add) {
+    static void tile(const Matrix& m, int64_t row, const float* x, const Share& part, float* y, bool add) {
+        const bool alone = N <= TILE / 2;  // or nearly so
         const Number* rows[R];
         for (int r = 0; r < R; r++) rows[r] = (const Number*)m.data + (row + r) * m.columns;
         Vector sums[R][N] = {};
         int64_t whole = m.columns / WIDTH * WIDTH;
-        x += first * m.columns;
-        for (int64_t k = 0; k < whole; k += WIDTH) {
+        int64_t ahead = part.tile * whole / part.tiles, step = (WIDTH + part.tiles - 1) / part.tiles;
+        x += part.first * m.columns;
+        for (int64_t k = 0; k < whole; k += WIDTH, ahead += step) {
             Vector w[R];
             for (int r = 0; r < R; r++) {
                 w[r] = load(rows[r] + k);
-                __builtin_prefetch(rows[r] + k + R * m.columns);  // the same place in the next tile
+                __builtin_prefetch(rows[r] + R * m.columns + (alone ? k : ahead));  // of the next R rows
             }
             for (int n = 0; n < N; n++) {
-                Vector part = load(x + n * m.columns + k);
-                hold(part);
-                for (int r = 0; r < R; r++) sums[r][n] = fused(w[r], part, sums[r][n]);
+                Vector in = load(x + n * m.columns + k);
+                hold(in);
+                for (int r = 0; r < R; r++) sums[r][n] = fused(w[r], in, sums[r][n]);
             }
         }
         for (int r = 0; r < R; r++)
@@ -275,6 +290,7 @@ struct Plain {
 #ifdef __AVX512BF16__
 // The same for bfloat16 and x rounded to it: products of pairs are added in one instruction.
 struct Narrow {
+    static const bool IN_TURN = false;
     typedef std::vector<uint16_t> Input;
     static constexpr int rows(int) { return 4; }
 
@@ -286,8 +302,8 @@ struct Narrow {
     }
 
     template <int R, int N>
-    static void tile(const Matrix& m, int64_t row, const Input& x, int64_t first, float* y, bool add) {
-        const uint16_t *rows = (const uint16_t*)m.data + row * m.columns, *in = &x[first * m.columns];
+    static void tile(const Matrix& m, int64_t row, const Input& x, const Share& part, float* y, bool add) {
+        const uint16_t *rows = (const uint16_t*)m.data + row * m.columns, *in = &x[part.first * m.columns];
         __m512 sums[R][N] = {};
         for (int64_t k = 0; k < m.columns; k += GROUP) {
             __m512bh w[R];
@@ -296,8 +312,8 @@ struct Narrow {
                 __builtin_prefetch(rows + (R + r) * m.columns + k);
             }
             for (int n = 0; n < N; n++) {
-                __m512bh part = (__m512bh)_mm512_loadu_si512(in + n * m.columns + k);
-                for (int r = 0; r < R; r++) sums[r][n] = _mm512_dpbf16_ps(sums[r][n], w[r], part);
+                __m512bh numbers = (__m512bh)_mm512_loadu_si512(in + n * m.columns + k);
+                for (int r = 0; r < R; r++) sums[r][n] = _mm512_dpbf16_ps(sums[r][n], w[r], numbers);
             }
         }
         for (int r = 0; r < R; r++)
@@ -342,12 +358,13 @@ struct Rounded {
 // Integers of a group are multiplied and added exactly; eight groups at a time, as their scales are read together.
 template <class Kind>
 struct Integer {
+    static const bool IN_TURN = false;  // as computing takes longer than reading
     typedef Rounded Input;
     static constexpr int rows(int n) { return n == 1 ? 1 : 2; }
 
     template <int R, int N>
-    static void tile(const Matrix& m, int64_t row, const Rounded& x, int64_t first, float* y, bool add) {
-        int64_t groups = m.columns / GROUP;
+    static void tile(const Matrix& m, int64_t row, const Rounded& x, const Share& part, float* y, bool add) {
+        int64_t groups = m.columns / GROUP, first = part.first;
         const uint8_t* data = (const uint8_t*)m.data + row * groups * Kind::BYTES;
         const uint16_t* scales = (const uint16_t*)m.scale + row * groups;
         Floats sums[R][N] = {}, offsets[R][N] = {};
@@ -738,22 +755,41 @@ void append(const Model& model, const Layer& layer, const Pass& pass, float* q, 
     }
 }
 
+// out (D,) += weights (S,) . values (S, D)
+template <int S, class Number>
+void mix(const float* weights, const Number* values, int64_t dim, float* out) {
+    int64_t d = 0;
+    for (; d + WIDTH <= dim; d += WIDTH) {
+        Vector total = load(out + d);
+        for (int s = 0; s < S; s++) {
+            __builtin_prefetch(values + (s + 2 * S) * dim + d);
+            total = fused(weights[s] - Vector{}, load(values + s * dim + d), total);
+        }
+        *(VectorAt*)(out + d) = total;
+    }
+    for (; d < dim; d++)
+        for (int s = 0; s < S; s++) out[d] = fused(weights[s], get(values + s * dim + d), out[d]);
+}
+
 // softmax(q . keys / sqrt(D)) . values of one token and head; `scores` has room for all keys.
 template <class Number>
 void attend(const Number* keys, const Number* values, const uint8_t* mask, int64_t seen, int64_t dim, const float* q,
-            float* scores, float* __restrict out) {
+            float* scores, float* out) {
+    const int R = Plain<Number>::rows(1);
+    tiles_of<Plain<Number>, R, 1>({keys, nullptr, seen, dim}, 0, seen, q, Share(0, 1), scores, false);
     float scale = 1 / std::sqrt(float(dim)), highest = -INFINITY, total = 0;
     for (int64_t s = 0; s < seen; s++) {
-        scores[s] = mask && !mask[s] ? -INFINITY : dot(q, keys + s * dim, dim) * scale;
+        scores[s] = mask && !mask[s] ? -INFINITY : scores[s] * scale;
         highest = std::max(highest, scores[s]);
     }
-    for (int64_t d = 0; d < dim; d++) out[d] = 0;
-    for (int64_t s = 0; s < seen; s++) {
-        if (scores[s] == -INFINITY) continue;  // padding; a token that is padding itself sees nothing and gets 0
-        float weight = std::exp(scores[s] - highest);
-        total += weight;
-        for (int64_t d = 0; d < dim; d++) out[d] += weight * get(values + s * dim + d);
+    for (int64_t s = 0; s < seen; s++) {  // a token that is padding itself sees nothing and gets 0
+        scores[s] = scores[s] == -INFINITY ? 0 : std::exp(scores[s] - highest);
+        total += scores[s];
     }
+    std::fill_n(out, dim, 0.f);
+    int64_t s = 0;
+    for (; s + 4 <= seen; s += 4) mix<4>(scores + s, values + s * dim, dim, out);
+    for (; s < seen; s++) mix<1>(scores + s, values + s * dim, dim, out);
     for (int64_t d = 0; d < dim; d++) out[d] /= total > 0 ? total : 1;
 }
 
@@ -761,7 +797,7 @@ template <class Number>
 void attention(const Model& model, const Layer& layer, const Pass& pass, const float* q, float* scores, float* out) {
     int64_t dim = model.head_dim, keys = pass.past + pass.length;
     scores += omp_get_thread_num() * keys;
-    #pragma omp for schedule(static)
+    #pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < pass.batch * pass.length * model.heads; item++) {
         int64_t row = item / model.heads, head = item % model.heads, sequence = row / pass.length;
         int64_t place = (sequence * model.heads + head) * pass.room * dim;
