@@ -10,6 +10,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,7 +21,8 @@ from tests.checkpoints import hf_weights, tiny_config, write_checkpoint
 from tests.sentencepieces import TINY_CHECKPOINT
 
 SECONDS, BYTES, HUNG = 10, 10**9, 60
-ENTRIES: dict[str, Callable[[Path, Path], object]] = {
+Entries = dict[str, Callable[[Path, Path], object]]
+ENTRIES: Entries = {
     "config": lambda folder, dst: OpenLlamaConfig.from_pretrained(folder),
     "tokenizer": lambda folder, dst: OpenLlamaTokenizer.from_pretrained(folder),
     "open": lambda folder, dst: open_checkpoint(folder),
@@ -41,11 +43,14 @@ def good_folder(folder: Path, form: str = "one safetensors") -> Path:
     return folder
 
 
-def attack(folder: Path, outside: Path) -> tuple[list[str], list[str]]:
-    """What was refused, as "entry: error", and what went wrong, of all ``ENTRIES``; ``outside`` must stay as it is."""
+def attack(folder: Path, outside: Path, entries: Entries = ENTRIES, most: int = BYTES) -> tuple[list[str], list[str]]:
+    """What was refused, as "entry: error", and what went wrong, of all ``entries``; ``outside`` must stay as it is.
+
+    ``most``: as many bytes of memory may be taken.
+    """
     refused, wrong = [], []
     before = _listing(outside)
-    for name, entry in ENTRIES.items():
+    for name, entry in entries.items():
         destination = folder.parent / "destination"
         faulthandler.dump_traceback_later(HUNG, exit=True)
         start, memory = time.perf_counter(), _reset_peak()
@@ -62,7 +67,7 @@ def attack(folder: Path, outside: Path) -> tuple[list[str], list[str]]:
         faulthandler.cancel_dump_traceback_later()
         if (seconds := time.perf_counter() - start) > SECONDS:
             wrong.append(f"{name}: took {seconds:.0f} s")
-        if (peak := _peak() - memory) > BYTES:
+        if (peak := _peak() - memory) > most:
             wrong.append(f"{name}: took {peak / 1e6:.0f} MB")
         if name != "convert" and destination.exists():
             wrong.append(f"{name}: wrote {destination}")
@@ -90,13 +95,15 @@ def _peak() -> int:
     return 0
 
 
-def attacks(cases: dict[str, Callable[[Path], object]], folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Run ``attack`` for each case; yields its name, what was refused and what went wrong."""
+def attacks(
+    cases: dict[str, Callable[[Path], object]], folder: Path, *limits: Any
+) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Run ``attack`` with ``limits`` for each case; yields its name, what was refused and what went wrong."""
     torch.set_num_threads(1)
     good = good_folder(folder / "good")
     for name, case in cases.items():
         work = folder / "work"
         shutil.copytree(good, work / "checkpoint")
         case(work / "checkpoint")
-        yield name, *attack(work / "checkpoint", folder)
+        yield name, *attack(work / "checkpoint", folder, *limits)
         shutil.rmtree(work)
