@@ -10,16 +10,21 @@ from __future__ import annotations
 
 import ast
 import doctest
+import functools
+import io
 import os
 import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 from torch import distributed as dist
+
+from openllama.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -113,11 +118,14 @@ SESSIONS = [(page, *session) for page in PAGES for session in sessions(page)]
 def openllama(command: str, folder: Path) -> str:
     """Run a command of this package at the root; the folder that ``make demo`` writes is put elsewhere."""
     words = shlex.split(command.replace(FOLDER, str(folder)))
-    done = subprocess.run(
-        [sys.executable, "-m", "openllama", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, f"{command}: {done.stderr}"
-    return done.stdout.replace(str(folder), FOLDER)
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(ROOT)
+        code = main(words[1:])
+        out.flush()
+        err.flush()
+    assert code == 0, f"{command}: {err.buffer.getvalue().decode()}"
+    return out.buffer.getvalue().decode().replace(str(folder), FOLDER)
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +147,12 @@ def test_a_command_prints_what_is_shown(demo, page, command, shown):
     assert_shown(shown, printed if command == "make demo" else openllama(command, folder))
 
 
+@functools.cache
+def help_of(script: str) -> str:
+    command = [sys.executable, script, "--help"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
 @pytest.mark.parametrize(
     ("page", "command", "shown"),
     [session for session in SESSIONS if not session[1].startswith(("openllama ", "make demo", "torchrun "))],
@@ -149,10 +163,7 @@ def test_a_command_that_takes_long_exists_with_its_options_and_shows_no_output(p
     if words[0] == "make":
         subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, capture_output=True, check=True)
     elif words[0].endswith("python") and words[1].endswith(".py"):
-        done = subprocess.run(
-            [sys.executable, words[1], "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-        assert [word for word in words[2:] if word.startswith("--") and word not in done.stdout] == []
+        assert [word for word in words[2:] if word.startswith("--") and word not in help_of(words[1])] == []
     else:
         known = (
             "pip install ",
