@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -88,13 +89,28 @@ def test_rows_that_are_not_of_the_same_model_are_an_error(monkeypatch: pytest.Mo
         assert all("not the same model" in of["error"] for [of] in found.values())
 
 
-def test_the_comparison_with_transformers_asks_for_its_interpreter(tmp_path: Path) -> None:
-    done = training()
-    assert done.returncode == 2
-    assert "--peer-python is needed" in done.stderr
-    missing = training("--peer-python", str(tmp_path / "python"))
-    assert missing.returncode == 1
-    assert "no such file" in missing.stderr
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Set the arguments of the script, which is then called here, at the root of the repository."""
+
+    def given(*arguments: str) -> None:
+        options = [f"--{name}={value}" for name, value in SMALL.items()]
+        monkeypatch.setattr(sys, "argv", ["training.py", *options, *arguments])
+
+    monkeypatch.chdir(ROOT)
+    return given
+
+
+def test_the_comparison_with_transformers_asks_for_its_interpreter(
+    in_this_process: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    in_this_process()
+    with pytest.raises(SystemExit, match="2"):
+        training_script.main()
+    assert "--peer-python is needed" in capsys.readouterr().err
+    in_this_process("--peer-python", str(tmp_path / "python"))
+    assert training_script.main() == 1
+    assert "no such file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -110,11 +126,9 @@ def test_the_comparison_with_transformers_asks_for_its_interpreter(tmp_path: Pat
     ],
 )
 def test_a_wrong_option_of_a_training_step_is_one_line_before_any_work(
-    wrong: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    wrong: str, said: str, in_this_process: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(ROOT)
-    options = [f"--{name}={value}" for name, value in SMALL.items()]
-    monkeypatch.setattr(sys, "argv", ["training.py", *options, "--rows", "model.loss", wrong])
+    in_this_process("--rows", "model.loss", wrong)
     with pytest.raises(SystemExit, match="2"):
         training_script.parsed()
     assert said in capsys.readouterr().err.splitlines()[-1]
