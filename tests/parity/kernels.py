@@ -12,6 +12,7 @@ one processor show that both sides do the same there.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,7 @@ KINDS = {
         "slice_backward select_backward _local_scalar_dense"
     ),
 }
+_simple: set[Any] = set()  # the kernels that are found to consist of no others
 KIND_OF = {kernel: kind for kind, kernels in KINDS.items() for kernel in kernels.split()}
 
 
@@ -72,23 +74,31 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        with self:  # `linear`, `matmul`, `einsum` and `rms_norm` arrive whole in inference mode
-            result = func.decompose(*args, **kwargs)
-        if result is not NotImplemented:
-            return result
-        tensors = [value for value in _flat((*args, *kwargs.values())) if isinstance(value, Tensor)]
-        if not func.is_view and any(tensor.is_floating_point() for tensor in tensors):
-            self._add(func, tensors)
+        if func not in _simple:
+            with self:  # `linear`, `matmul`, `einsum` and `rms_norm` arrive whole in inference mode
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+            _simple.add(func)
+        if not func.is_view:
+            tensors = [value for value in _flat((*args, *kwargs.values())) if isinstance(value, Tensor)]
+            if any(tensor.is_floating_point() for tensor in tensors):
+                self._add(func, tensors)
         return func(*args, **kwargs)
 
     def _add(self, func: Any, tensors: list[Tensor]) -> None:
-        name = func.overloadpacket.__name__
-        kind = KIND_OF.get(func.__name__) or KIND_OF.get(name) or KIND_OF.get(name.removesuffix("_"))  # in place
-        if kind is None:
-            raise KeyError(f"does {func.__name__} round by layout? Say so in KINDS")
-        calls = {"product": self.products, "rounded": self.rounded, "frequency": self.frequencies}.get(kind)
+        calls = {"product": self.products, "rounded": self.rounded, "frequency": self.frequencies}.get(_kind(func))
         if calls is not None:
-            calls.append(Call(name, tuple(map(_operand, tensors))))
+            calls.append(Call(func.overloadpacket.__name__, tuple(map(_operand, tensors))))
+
+
+@cache
+def _kind(func: Any) -> str:
+    name = func.overloadpacket.__name__
+    kind = KIND_OF.get(func.__name__) or KIND_OF.get(name) or KIND_OF.get(name.removesuffix("_"))  # in place
+    if kind is None:
+        raise KeyError(f"does {func.__name__} round by layout? Say so in KINDS")
+    return kind
 
 
 def record(function: Callable[[], Any]) -> Recorder:
