@@ -166,6 +166,8 @@ def test_starting_imports_little_beside_torch(start: str, of_torch: tuple[str, .
     *_, new, everything = (set(line.split()[1:]) for line in result.stdout.splitlines())
     packages = {name.partition(".")[0] for name in new} - set(sys.stdlib_module_names)
     assert packages <= {"openllama", "torch", "safetensors", "sentencepiece", "numpy", "tqdm"}
+    tools = {f"openllama.checkpoint.{name}" for name in ("compare", "contents", "conversion", "gguf", "verification")}
+    assert start != "import openllama" or not new & tools
     assert {name for name in new if name.startswith("torch.") and not name.startswith(of_torch)} == set()
     assert not new & {"asyncio", "http.server", "multiprocessing", "unittest", "xml"}
     assert not everything & {"torch._dynamo", "torch._inductor", "torch.distributed.fsdp", "torch.distributed.tensor"}
@@ -181,3 +183,18 @@ def test_importing_the_package_says_nothing() -> None:
 def test_every_public_name_is_there() -> None:
     assert {"OpenLlamaConfig", "OpenLlamaModel", "OpenLlamaForCausalLM"} <= set(openllama.__all__)
     assert [name for name in openllama.__all__ if not hasattr(openllama, name)] == []
+
+
+def test_names_of_checkpoint_are_there_before_and_after_their_modules_are_imported() -> None:
+    code = """
+from openllama import checkpoint
+assert set(checkpoint.__all__) <= set(dir(checkpoint))
+first = {name: getattr(checkpoint, name) for name in checkpoint.__all__}
+from openllama.checkpoint import compare, contents, conversion, verification
+assert first == {name: getattr(checkpoint, name) for name in checkpoint.__all__}
+assert [first[name].__module__ for name in ("convert", "diff", "inspect", "verify")] == [
+    module.__name__ for module in (conversion, compare, contents, verification)]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
+    with pytest.raises(AttributeError, match=r"module 'openllama.checkpoint' has no attribute 'converts'"):
+        openllama.checkpoint.converts  # noqa: B018

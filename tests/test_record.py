@@ -22,7 +22,7 @@ from tests.sentencepieces import trained, write_folder
 
 CONFIG = tiny_config()
 NORM = "model.norm.weight"
-convert_module = importlib.import_module("openllama.checkpoint.convert")
+convert_module = importlib.import_module("openllama.checkpoint.conversion")
 
 
 @pytest.fixture(name="source")

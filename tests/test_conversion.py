@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from openllama.checkpoint import convert, inspect, verify, writer
-from openllama.checkpoint.convert import COPIED
+from openllama.checkpoint.conversion import COPIED
 from openllama.checkpoint.names import expected_shapes
 from openllama.checkpoint.reader import open_checkpoint, open_file
 from openllama.config import OpenLlamaConfig
@@ -45,7 +45,7 @@ from tests.draw import examples
 from tests.parity.draws import configs
 from tests.sentencepieces import trained
 
-convert_module = importlib.import_module("openllama.checkpoint.convert")
+convert_module = importlib.import_module("openllama.checkpoint.conversion")
 CONFIG = tiny_config(extra={"torch_dtype": "float16", "transformers_version": "4.31.0"})
 TOKENIZER = trained("no bytes", model_type="word", vocab_size=12)
 CONTENTS = {

@@ -20,7 +20,7 @@ from tests.test_export import FLAGS
 from tests.tiny import tiny_model
 
 CONFIG = tiny_config()
-verify_module = importlib.import_module("openllama.checkpoint.verify")
+verify_module = importlib.import_module("openllama.checkpoint.verification")
 
 
 @pytest.mark.parametrize(("field", "value"), [
