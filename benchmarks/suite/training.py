@@ -21,6 +21,7 @@ Answer = dict[str, Any]
 TOLERANCE = 0.02  # of the losses, which are about ln(vocab_size); half precision rounds LayerNorm(E)
 KEPT = ", memory kept"  # a row whose name ends so has the environment of the next line
 KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}  # glibc gives nothing back
+MEMORY_RETURNED = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # it gives all large blocks back; which else, varies
 NAMES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -58,7 +59,7 @@ class Steps:
         """The memory of each row, in a process of its own."""
         answers = {}
         for row in rows:
-            answers[row] = [_peak(self._worker(row))]
+            answers[row] = [_peak(self._worker(row, **MEMORY_RETURNED))]
         return _agreeing(answers)
 
     def _products(self, limit: Answer) -> Answer:
@@ -66,7 +67,7 @@ class Steps:
             return limit
         return {"seconds": [self.operations / limit_rates(self.shape, limit["seconds"])["bf16"]]}
 
-    def _worker(self, row: str) -> Worker:
+    def _worker(self, row: str, **environment: str) -> Worker:
         name = row.removesuffix(KEPT)
         theirs = name in THEIRS
         shape = {name: getattr(self.shape.config, name) for name in NAMES}
@@ -74,7 +75,8 @@ class Steps:
             [self.peer if theirs and self.peer else sys.executable, HERE / "steps.py", name,
              "--shape", json.dumps(shape), "--tokens", str(self.tokens), "--dtype", self.dtype,
              "--threads", str(self.threads)],
-            self.patience, PYTHONPATH="" if theirs else str(ROOT), **(KEPT_MEMORY if row != name else {}),
+            self.patience, PYTHONPATH="" if theirs else str(ROOT),
+            **environment, **(KEPT_MEMORY if row != name else {}),
         )  # fmt: skip
 
 
