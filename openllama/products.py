@@ -153,7 +153,7 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def _mm_meta(a: Tensor, b: Tensor) -> Tensor:
-    return a.new_empty(len(a), b.shape[1])
+    return a.new_empty(a.shape[0], b.shape[1])
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

@@ -337,7 +337,8 @@ def test_processes_that_fail_are_said_in_the_table(run, monkeypatch):
     started.measure()
     others = started.results()["others"]
     assert set(others) == {
-        "first token, x", "import torch", "import openllama", "openllama generate, tiny model, one token",
+        "first token, x", "import torch", "import openllama, after torch",
+        "openllama generate, tiny model, one token",
         "loops built now", "loops built before",
     }  # fmt: skip
     assert others["import torch"] == {"error": "the process ended with exit code 1: no message"}

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.suite import training as training_suite
 from benchmarks.suite import turns
-from benchmarks.suite.models import SHAPES, Shape
+from benchmarks.suite.models import Shape
 from openllama import OpenLlamaConfig, __version__
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +29,7 @@ SMALL = {
     "tokens": 16,
     "threads": 1,
 }
+SHAPE = Shape("given", OpenLlamaConfig(**{name.replace("-", "_"): SMALL[name] for name in list(SMALL)[:5]}))
 
 
 def training(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -57,15 +58,9 @@ def test_a_training_step_is_timed_in_turns_and_compared_with_the_limit_of_its_pr
 
 
 def test_the_limit_is_the_operations_of_all_products_at_the_rate_of_a_large_one() -> None:
-    shape = Shape(
-        "given",
-        OpenLlamaConfig(
-            vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
-        ),
-    )
-    steps = training_suite.Steps(shape, 16, "bfloat16", 1, 1.0)
+    steps = training_suite.Steps(SHAPE, 16, "bfloat16", 1, 1.0)
     assert steps.operations == 6 * 16 * (4 * 32 * 32 + 3 * 32 * 64 + 300 * 32)
-    rate = turns.limit_rates(shape, {"bf16": 0.5})["bf16"]
+    rate = turns.limit_rates(SHAPE, {"bf16": 0.5})["bf16"]
     assert steps._products({"seconds": {"bf16": 0.5}}) == {"seconds": [pytest.approx(steps.operations / rate)]}
 
 
@@ -89,6 +84,26 @@ def test_rows_that_are_not_of_the_same_model_are_an_error(monkeypatch: pytest.Mo
         assert all("not the same model" in of["error"] for [of] in found.values())
 
 
+def test_memory_is_measured_where_the_c_library_returns_it_and_seconds_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    environments = []
+
+    class Process:
+        def __init__(self, command: object, patience: float, **environment: str) -> None:
+            self.facts = {"error": "not started"}
+            environments.append(environment)
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(training_suite, "Worker", Process)
+    monkeypatch.setattr(training_suite, "limit_worker", lambda *_: Process([], 1))
+    monkeypatch.setattr(training_suite, "take_turns", lambda *_: {training_suite.LIMIT: []})
+    steps = training_suite.Steps(SHAPE, 8, "float32", 1, 60)
+    steps.memory(["model.loss"])
+    steps.times(["model.loss"], 1)
+    assert ["MALLOC_MMAP_THRESHOLD_" in environment for environment in environments] == [True, False, False]
+
+
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Set the arguments of the script, which is then called here, at the root of the repository."""
@@ -108,9 +123,9 @@ def test_the_comparison_with_transformers_asks_for_its_interpreter(
     with pytest.raises(SystemExit, match="2"):
         training_script.main()
     assert "--peer-python is needed" in capsys.readouterr().err
-    in_this_process("--peer-python", str(tmp_path / "python"))
-    assert training_script.main() == 1
-    assert "no such file" in capsys.readouterr().err
+    missing = training("--peer-python", str(tmp_path / "python"))
+    assert missing.returncode == 1
+    assert "no such file" in missing.stderr
 
 
 @pytest.mark.parametrize(
@@ -154,7 +169,7 @@ def test_prompts_have_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) ->
             pass
 
     monkeypatch.setattr(training_suite, "Worker", Process)
-    found = training_suite.prompts(training_suite.Steps(SHAPES["small"], 1, "bfloat16", 1, 1.0), [8, 32])
+    found = training_suite.prompts(training_suite.Steps(SHAPE, 1, "bfloat16", 1, 1.0), [8, 32])
     assert [of["bytes"] for of in found.values()] == [8, 32]
 
 

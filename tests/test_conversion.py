@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import shutil
@@ -19,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from openllama.checkpoint import convert, inspect, verify, writer
+from openllama.checkpoint import conversion, convert, inspect, verify, writer
 from openllama.checkpoint.conversion import COPIED
 from openllama.checkpoint.names import expected_shapes
 from openllama.checkpoint.reader import open_checkpoint, open_file
@@ -45,7 +44,6 @@ from tests.draw import examples
 from tests.parity.draws import configs
 from tests.sentencepieces import trained
 
-convert_module = importlib.import_module("openllama.checkpoint.conversion")
 CONFIG = tiny_config(extra={"torch_dtype": "float16", "transformers_version": "4.31.0"})
 TOKENIZER = trained("no bytes", model_type="word", vocab_size=12)
 CONTENTS = {
@@ -269,13 +267,13 @@ def test_destination_that_exists(source: Path, tmp_path: Path) -> None:
 def test_a_destination_that_appears_before_work_begins_is_kept(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    export = convert_module.export
+    export = conversion.export
 
     def slow(*arguments: Any) -> Any:
         shutil.copytree(source, tmp_path / "native")
         return export(*arguments)
 
-    monkeypatch.setattr(convert_module, "export", slow)
+    monkeypatch.setattr(conversion, "export", slow)
     with pytest.raises(DestinationExistsError, match="--overwrite"):
         run(source, tmp_path / "native")
     assert tree(tmp_path / "native") == tree(source)

@@ -121,7 +121,10 @@ def openllama(command: str, folder: Path) -> str:
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.chdir(ROOT)
-        code = main(words[1:])
+        try:
+            code: object = main(words[1:])
+        except SystemExit as end:  # of argparse
+            code = end.code
         out.flush()
         err.flush()
     assert code == 0, f"{command}: {err.buffer.getvalue().decode()}"
@@ -163,7 +166,8 @@ def test_a_command_that_takes_long_exists_with_its_options_and_shows_no_output(p
     if words[0] == "make":
         subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, capture_output=True, check=True)
     elif words[0].endswith("python") and words[1].endswith(".py"):
-        assert [word for word in words[2:] if word.startswith("--") and word not in help_of(words[1])] == []
+        known_options = help_of(words[1])
+        assert [word for word in words[2:] if word.startswith("--") and word not in known_options] == []
     else:
         known = (
             "pip install ",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from openllama import OpenLlamaForCausalLM
-from openllama.checkpoint import convert, verify
+from openllama.checkpoint import conversion, convert, verify
 from openllama.checkpoint.record import RECORD_FILE, SourceSums
 from openllama.errors import CorruptCheckpointError, heard, warn
 from tests.checkpoints import hf_weights, native_weights, tiny_config, write_checkpoint
@@ -22,7 +21,6 @@ from tests.sentencepieces import trained, write_folder
 
 CONFIG = tiny_config()
 NORM = "model.norm.weight"
-convert_module = importlib.import_module("openllama.checkpoint.conversion")
 
 
 @pytest.fixture(name="source")
@@ -157,14 +155,14 @@ def test_warnings_are_heard_by_each_conversion_that_runs() -> None:
 
 def test_a_source_that_is_replaced_meanwhile_is_refused(source: Path, tmp_path: Path, monkeypatch: Any) -> None:
     [file, *_] = source.glob("*.bin")
-    write = convert_module.write_weights
+    write = conversion.write_weights
 
     def replacing(*arguments: Any, **options: Any) -> Any:
         (tmp_path / "copy").write_bytes(file.read_bytes())
         (tmp_path / "copy").replace(file)
         return write(*arguments, **options)
 
-    monkeypatch.setattr(convert_module, "write_weights", replacing)
+    monkeypatch.setattr(conversion, "write_weights", replacing)
     with pytest.raises(CorruptCheckpointError, match="was changed while it was read"):
         convert(source, tmp_path / "native", progress=False)
     assert not (tmp_path / "native").exists()
@@ -176,14 +174,14 @@ def test_a_source_that_is_replaced_before_it_is_read_is_refused(
 ) -> None:
     """Its weights would be those of the old files, its record and its tokenizer those of the new ones."""
     [file, *_] = source.glob(name)
-    export = convert_module.export
+    export = conversion.export
 
     def replacing(*arguments: Any) -> Any:
         (tmp_path / "copy").write_bytes(file.read_bytes())
         (tmp_path / "copy").replace(file)
         return export(*arguments)
 
-    monkeypatch.setattr(convert_module, "export", replacing)
+    monkeypatch.setattr(conversion, "export", replacing)
     with pytest.raises(CorruptCheckpointError, match="was changed while it was read"):
         convert(source, tmp_path / "native", progress=False)
     assert not (tmp_path / "native").exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from openllama import OpenLlamaConfig, OpenLlamaForCausalLM, OpenLlamaForSequenceClassification, OpenLlamaModel
-from openllama.checkpoint import convert, diff, verify
+from openllama.checkpoint import convert, diff, verification, verify
 from openllama.checkpoint.record import RECORD_FILE
 from openllama.errors import CheckpointError, CorruptCheckpointError
 from tests.checkpoints import native_weights, tiny_config, write_checkpoint
@@ -20,7 +19,6 @@ from tests.test_export import FLAGS
 from tests.tiny import tiny_model
 
 CONFIG = tiny_config()
-verify_module = importlib.import_module("openllama.checkpoint.verification")
 
 
 @pytest.mark.parametrize(("field", "value"), [
@@ -103,6 +101,6 @@ def test_what_is_replaced_while_it_is_verified_is_refused(
         (tmp_path / "copy").replace(tmp_path / replaced / name)
         return []
 
-    monkeypatch.setattr(verify_module, "differing_settings", replacing)
+    monkeypatch.setattr(verification, "differing_settings", replacing)
     with pytest.raises(CorruptCheckpointError, match=f"{replaced} was changed while it was read"):
         verify(tmp_path / "a", tmp_path / "b")

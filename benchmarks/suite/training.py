@@ -21,7 +21,7 @@ Answer = dict[str, Any]
 TOLERANCE = 0.02  # of the losses, which are about ln(vocab_size); half precision rounds LayerNorm(E)
 KEPT = ", memory kept"  # a row whose name ends so has the environment of the next line
 KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}  # glibc gives nothing back
-MEMORY_RETURNED = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # it gives all large blocks back; which else, varies
+MEMORY_RETURNED = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # all blocks above 1 MiB, at once: a limit that it raises else
 NAMES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 

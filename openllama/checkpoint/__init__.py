@@ -5,11 +5,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from openllama.checkpoint.adapters import convert_adapter
 from openllama.checkpoint.names import expected_shapes, hf_to_native, native_to_hf
 from openllama.checkpoint.reader import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
-    from openllama.checkpoint.adapters import convert_adapter
     from openllama.checkpoint.compare import Comparison, diff
     from openllama.checkpoint.contents import Inspection, inspect
     from openllama.checkpoint.conversion import convert
@@ -37,18 +37,18 @@ _LATER = {
     "Inspection": "contents",
     "Verification": "verification",
     "convert": "conversion",
-    "convert_adapter": "adapters",
     "diff": "compare",
     "inspect": "contents",
     "verify": "verification",
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
+if not TYPE_CHECKING:  # for which it would have any name
 
+    def __getattr__(name: str) -> Any:
+        if name not in _LATER:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
 
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

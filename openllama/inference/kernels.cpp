@@ -222,10 +222,10 @@ void tiles_of(const Matrix& m, int64_t row, int64_t count, const typename Kernel
     for (; row < last; row++) Kernel::template tile<1, N>(m, row, x, part, y + row, add);
 }
 
-// For tiles of N rows: by as many rows of the matrix as they take; and in turn with tiles of N + 1, as many as those do.
+// For tiles of N rows. The second is for those beside tiles of N + 1: in turn, all take as many rows of the matrix.
 template <class Kernel, int N>
-const decltype(&tiles_of<Kernel, 1, 1>) TILES[] = {tiles_of<Kernel, Kernel::rows(N), N>,
-                                                   tiles_of<Kernel, Kernel::rows(N + Kernel::IN_TURN), N>};
+const decltype(&tiles_of<Kernel, 1, 1>) TILES[2] = {tiles_of<Kernel, Kernel::rows(N), N>,
+                                                    tiles_of<Kernel, Kernel::rows(Kernel::IN_TURN ? N + 1 : N), N>};
 
 // Every tile of x reads all rows of the matrix. If the tiles take a few rows in turn, each can fetch a part of the next
 // rows, and the memory is read all the time.
@@ -233,6 +233,7 @@ template <class Kernel>
 void multiply(const Matrix& m, const typename Kernel::Input& x, float* y, int64_t n, bool add) {
     static const decltype(&TILES<Kernel, 1>[0]) tiles[TILE] = {TILES<Kernel, 1>, TILES<Kernel, 2>, TILES<Kernel, 3>,
                                                                TILES<Kernel, 4>, TILES<Kernel, 5>, TILES<Kernel, 6>};
+    if (!n) return;
     int64_t count = Share::count(n), most = Share::most(n);
     int64_t step = count > 1 && Kernel::IN_TURN ? Kernel::rows(most) : ROWS;
     // A processor that others use, too, does less.
@@ -250,7 +251,7 @@ void multiply(const Matrix& m, const typename Kernel::Input& x, float* y, int64_
 // Sums as vectors over columns, in the longest vectors there are.
 template <class Number>
 struct Plain {
-    static const bool IN_TURN = true;
+    static const bool IN_TURN = true;  // as reading takes longer than computing, or nearly so
     typedef const float* Input;
     static constexpr int rows(int n) {  // their sums, their numbers and one of x are in registers
         return std::min(4, (REGISTERS - 1) / (n + 1));
@@ -258,18 +259,18 @@ struct Plain {
 
     template <int R, int N>
     static void tile(const Matrix& m, int64_t row, const float* x, const Share& part, float* y, bool add) {
-        const bool alone = N <= TILE / 2;  // or nearly so
+        const bool alone = N <= TILE / 2;  // its place is k; so is that of the 3 in 7 = 3 + 4, which fetches too much
         const Number* rows[R];
         for (int r = 0; r < R; r++) rows[r] = (const Number*)m.data + (row + r) * m.columns;
         Vector sums[R][N] = {};
         int64_t whole = m.columns / WIDTH * WIDTH;
-        int64_t ahead = part.tile * whole / part.tiles, step = (WIDTH + part.tiles - 1) / part.tiles;
+        int64_t place = part.tile * whole / part.tiles, stride = (WIDTH + part.tiles - 1) / part.tiles;
         x += part.first * m.columns;
-        for (int64_t k = 0; k < whole; k += WIDTH, ahead += step) {
+        for (int64_t k = 0; k < whole; k += WIDTH, place += stride) {
             Vector w[R];
             for (int r = 0; r < R; r++) {
                 w[r] = load(rows[r] + k);
-                __builtin_prefetch(rows[r] + R * m.columns + (alone ? k : ahead));  // of the next R rows
+                __builtin_prefetch(rows[r] + R * m.columns + (alone ? k : place));  // of the next R rows
             }
             for (int n = 0; n < N; n++) {
                 Vector in = load(x + n * m.columns + k);
@@ -290,7 +291,7 @@ struct Plain {
 #ifdef __AVX512BF16__
 // The same for bfloat16 and x rounded to it: products of pairs are added in one instruction.
 struct Narrow {
-    static const bool IN_TURN = false;
+    static const bool IN_TURN = false;  // not measured
     typedef std::vector<uint16_t> Input;
     static constexpr int rows(int) { return 4; }
 
@@ -775,14 +776,14 @@ void mix(const float* weights, const Number* values, int64_t dim, float* out) {
 template <class Number>
 void attend(const Number* keys, const Number* values, const uint8_t* mask, int64_t seen, int64_t dim, const float* q,
             float* scores, float* out) {
-    const int R = Plain<Number>::rows(1);
-    tiles_of<Plain<Number>, R, 1>({keys, nullptr, seen, dim}, 0, seen, q, Share(0, 1), scores, false);
+    Matrix matrix{keys, nullptr, seen, dim, sizeof(Number) == 4 ? FLOAT32 : BFLOAT16};
+    tiles_of<Plain<Number>, Plain<Number>::rows(1), 1>(matrix, 0, seen, q, Share(0, 1), scores, false);
     float scale = 1 / std::sqrt(float(dim)), highest = -INFINITY, total = 0;
     for (int64_t s = 0; s < seen; s++) {
         scores[s] = mask && !mask[s] ? -INFINITY : scores[s] * scale;
         highest = std::max(highest, scores[s]);
     }
-    for (int64_t s = 0; s < seen; s++) {  // a token that is padding itself sees nothing and gets 0
+    for (int64_t s = 0; s < seen; s++) {  // padding weighs 0, as in the model; what sees nothing gets 0
         scores[s] = scores[s] == -INFINITY ? 0 : std::exp(scores[s] - highest);
         total += scores[s];
     }

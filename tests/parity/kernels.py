@@ -38,8 +38,8 @@ KINDS = {
         "slice_backward select_backward _local_scalar_dense"
     ),
 }
-_simple: set[Any] = set()  # the kernels that are found to consist of no others
 KIND_OF = {kernel: kind for kind, kernels in KINDS.items() for kernel in kernels.split()}
+_simple: set[Any] = set()  # the kernels that are found to consist of no others
 
 
 class Operand(NamedTuple):
