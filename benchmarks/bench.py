@@ -30,6 +30,7 @@ from suite.bars import (
     SHORT,
     STEP,
     STEP_BESIDE,
+    STEP_KEPT,
     STEP_PRODUCTS,
     STEP_THEIRS,
     bars,
@@ -266,7 +267,7 @@ class Run:
         tokens = 4 * self.options.context
         steps = self.steps(tokens, "float32" if bfloat16_is_slow() else "bfloat16")
         answers = steps.memory([*self.theirs(self.memory), PLAIN, PRODUCTS_KEPT])
-        names = {THEIRS[0]: STEP_THEIRS, PLAIN: STEP, PRODUCTS_KEPT: f"{STEP}, products kept"}
+        names = {THEIRS[0]: STEP_THEIRS, PLAIN: STEP, PRODUCTS_KEPT: STEP_KEPT}
         facts = {"tokens": tokens, "dtype": steps.dtype, "shape": steps.shape.name}
         self.memory |= {names[row]: {**facts, **of} for row, [of] in answers.items()}
         self.memory |= training.prompts(steps, [size * self.options.context for size in (4, 8, 16, 32)])
