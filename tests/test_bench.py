@@ -413,10 +413,12 @@ def test_goals_of_training_and_memory_compare_with_transformers_and_with_a_short
     step = {"training step beside transformers": 2.0, "training step of transformers": 3.0}
     others = {name: {"seconds": report.summary([seconds])} for name, seconds in step.items()}
     memory = {"training step": {"bytes": 4, "tokens": 8}, "training step of transformers": {"bytes": 8, "tokens": 8}}
+    memory["training step, products kept"] = {"bytes": 2, "tokens": 8}
     memory |= {f"prompt of {n} tokens": {"bytes": 3 * n * n, "tokens": n} for n in (1, 2, 4, 8)}
     results = {"rows": [], "others": others, "memory": memory}
     assert reached(results, "training step: speed") == (1.5, "research")
-    assert reached(results, "training step of many tokens") == (0.5, "must")
+    assert reached(results, "training step of many tokens in bfloat16: memory") == (0.5, "must")
+    assert reached(results, "training step of many tokens in bfloat16, products kept: memory") == (0.25, "research")
     assert reached(results, "prompt 4 times as long") == (16.0, "no")
 
 
