@@ -133,16 +133,6 @@ float sum(Any v) {
     return v[0];
 }
 
-template <class Number>
-float dot(const float* a, const Number* b, int64_t size) {
-    Vector sums = {};
-    int64_t k = 0;
-    for (; k + WIDTH <= size; k += WIDTH) sums = fused(load(a + k), load(b + k), sums);
-    float total = sum(sums);
-    for (; k < size; k++) total = fused(a[k], get(b + k), total);
-    return total;
-}
-
 // ---- matrices ----
 
 const int GROUP = 32;
@@ -234,17 +224,16 @@ void multiply(const Matrix& m, const typename Kernel::Input& x, float* y, int64_
     static const decltype(&TILES<Kernel, 1>[0]) tiles[TILE] = {TILES<Kernel, 1>, TILES<Kernel, 2>, TILES<Kernel, 3>,
                                                                TILES<Kernel, 4>, TILES<Kernel, 5>, TILES<Kernel, 6>};
     if (!n) return;
-    int64_t count = Share::count(n), most = Share::most(n);
-    int64_t step = count > 1 && Kernel::IN_TURN ? Kernel::rows(most) : ROWS;
+    std::vector<Share> parts;
+    for (int64_t tile = 0; tile < Share::count(n); tile++) parts.emplace_back(tile, n);
+    int64_t most = Share::most(n), step = parts.size() > 1 && Kernel::IN_TURN ? Kernel::rows(most) : ROWS;
     // A processor that others use, too, does less.
     #pragma omp for schedule(guided, 2) nowait
     for (int64_t block = 0; block < m.rows; block += ROWS) {
         int64_t last = std::min(block + ROWS, m.rows);
         for (int64_t row = block; row < last; row += step)
-            for (int64_t tile = 0; tile < count; tile++) {
-                Share part(tile, n);
+            for (const Share& part : parts)
                 tiles[part.rows - 1][part.rows < most](m, row, std::min(step, last - row), x, part, y, add);
-            }
     }
 }
 
@@ -418,13 +407,12 @@ struct Integer {
 // The same where the last group of a row is not whole.
 void odd_multiply(const Matrix& m, const float* x, float* y, int64_t n, bool add) {
     std::vector<float> numbers(m.columns);
+    Matrix one{numbers.data(), nullptr, 1, m.columns, FLOAT32};
     #pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < m.rows; row++) {
         restore_row(m, row, numbers.data());
-        for (int64_t i = 0; i < n; i++) {
-            float* out = y + i * m.rows + row;
-            *out = dot(x + i * m.columns, numbers.data(), m.columns) + (add ? *out : 0);
-        }
+        for (int64_t i = 0; i < n; i++)
+            Plain<float>::tile<1, 1>(one, 0, x + i * m.columns, Share(0, 1), y + i * m.rows + row, add);
     }
 }
 
